@@ -1,0 +1,96 @@
+"""The backbones by name: what timm calls them and how wide their features are."""
+
+import difflib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from clever_zoo.errors import BackendMissingError, UnknownModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """One backbone family member.
+
+    Attributes:
+        architecture: timm's model name, as written to config.json.
+        feature_dim: Width D of the pooled features.
+        global_pool: timm's name of the pooling that makes them.
+        model_args: Arguments that differ from timm's defaults whatever the input size.
+        classifier: Name of the layer that timm would put a classifier at.
+        first_conv: Name of the layer that reads the pixels.
+    """
+
+    architecture: str
+    feature_dim: int
+    global_pool: str
+    classifier: str
+    first_conv: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+
+def _resnet(architecture: str, feature_dim: int) -> BackboneInfo:
+    return BackboneInfo(architecture, feature_dim, "avg", "fc", "conv1")
+
+
+def _vit(architecture: str, feature_dim: int) -> BackboneInfo:
+    dynamic = {"dynamic_img_size": True}  # multi-crop training feeds two sizes
+    return BackboneInfo(architecture, feature_dim, "token", "head", "patch_embed.proj", dynamic)
+
+
+BACKBONES: dict[str, BackboneInfo] = {
+    "resnet18": _resnet("resnet18", 512),
+    "resnet50": _resnet("resnet50", 2048),
+    "vit_tiny": _vit("vit_tiny_patch16_224", 192),
+    "vit_small": _vit("vit_small_patch16_224", 384),
+}
+
+
+def list_backbones() -> tuple[str, ...]:
+    """Names that `create_encoder` and training recipes accept."""
+    return tuple(BACKBONES)
+
+
+def backbone_info(name: str) -> BackboneInfo:
+    """Look a backbone up.
+
+    Raises:
+        UnknownModelError: If there is no such backbone; suggests close matches.
+    """
+    if name not in BACKBONES:
+        close = difflib.get_close_matches(name.replace("-", "_"), BACKBONES, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UnknownModelError(
+            f"unknown backbone {name!r}; available: {', '.join(BACKBONES)}{hint}"
+        )
+    return BACKBONES[name]
+
+
+def build_backbone(name: str, **model_args: Any) -> "nn.Module":
+    """Build a randomly initialised backbone through timm, without a classifier.
+
+    Args:
+        name: One of `list_backbones()`.
+        **model_args: timm arguments that differ from its defaults, such as `img_size`.
+
+    Returns:
+        A module (B, 3, H, W) -> (B, D).
+
+    Raises:
+        UnknownModelError: For an unknown name.
+        BackendMissingError: If timm is not installed.
+    """
+    info = backbone_info(name)
+    try:
+        import timm
+    except ImportError as error:
+        raise BackendMissingError(
+            f"{error.name} is not installed, and building {name!r} needs it: "
+            'pip install "clever-zoo[torch]"'
+        ) from error
+    if info.architecture.startswith("resnet"):
+        # The reference starts every batch-norm gain at one; timm would zero the last of a block.
+        model_args = {"zero_init_last": False, **model_args}
+    return timm.create_model(info.architecture, num_classes=0, **info.model_args, **model_args)

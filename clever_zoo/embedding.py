@@ -1,0 +1,56 @@
+"""The labelled pair that everything here returns, and the split that makes it."""
+
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from clever_zoo.errors import ShapeError
+
+Array = TypeVar("Array")
+
+
+class Embedding(NamedTuple, Generic[Array]):
+    """Features in two labelled halves, as torch tensors or NumPy arrays.
+
+    Shapes: `invariant` (B, invariant_dim), `equivariant` (B, equivariant_dim); raw float32
+    values of any range. An encoder without a split has an empty (B, 0) equivariant half.
+    """
+
+    invariant: Array
+    equivariant: Array
+
+    @property
+    def full(self) -> Array:
+        """Both halves side by side, (B, D), the invariant one first."""
+        if isinstance(self.invariant, np.ndarray):
+            return np.concatenate([self.invariant, self.equivariant], axis=-1)  # type: ignore[return-value]
+        import torch
+
+        return torch.cat([self.invariant, self.equivariant], dim=-1)  # type: ignore[list-item, return-value]
+
+    def normalized(self) -> "Embedding[Array]":
+        """The same pair with every row of each half scaled to unit length (zero rows stay zero)."""
+        return Embedding(_unit_rows(self.invariant), _unit_rows(self.equivariant))
+
+
+def _unit_rows(x):  # type: ignore[no-untyped-def]
+    return x / ((x * x).sum(-1, keepdims=True) ** 0.5).clip(min=1e-12)
+
+
+def split_features(features: Array, invariant_dim: int) -> Embedding[Array]:
+    """Cut features on their last axis: the first `invariant_dim` values, then the rest.
+
+    Shapes: (..., D) -> (..., invariant_dim) and (..., D - invariant_dim), views of the input.
+
+    Raises:
+        ShapeError: If `invariant_dim` is not in 1..D.
+
+    Source: paper section 3; the authors' code cuts at ``int(0.8 * D)``.
+    """
+    width = features.shape[-1]  # type: ignore[attr-defined]
+    if not 0 < invariant_dim <= width:
+        raise ShapeError(
+            f"cannot split {width} features at {invariant_dim}: "
+            f"invariant_dim must lie in 1..{width}; check the spec's invariant_dim"
+        )
+    return Embedding(features[..., :invariant_dim], features[..., invariant_dim:])  # type: ignore[index]

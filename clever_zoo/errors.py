@@ -1,0 +1,84 @@
+"""Every exception of the package: one root, each also a fitting builtin.
+
+A message says what happened with the actual value, what is allowed, and what to do next.
+"""
+
+from collections.abc import Sequence
+
+
+class CleverZooError(Exception):
+    """Root of all errors raised on purpose by clever_zoo and training."""
+
+
+class UnknownModelError(CleverZooError, ValueError):
+    """A name that is no released model, with close matches or the recipe that would make it."""
+
+
+class SpecError(CleverZooError, ValueError):
+    """A config.json or spec with unknown, missing or contradictory fields."""
+
+
+class BackendMissingError(CleverZooError, ImportError):
+    """An optional package is not installed; the message holds the pip line."""
+
+
+class DownloadError(CleverZooError, OSError):
+    """A file could not be fetched from the Hub or found in its cache."""
+
+
+class IntegrityError(CleverZooError, OSError):
+    """A file's size or digest is not the recorded one."""
+
+
+class WeightsMismatchError(CleverZooError, ValueError):
+    """A weights file does not fit its backbone: missing, unexpected or misshapen tensors."""
+
+
+class ImageError(CleverZooError, ValueError):
+    """An input that is no usable image.
+
+    Attributes:
+        source: Path or description of the image.
+        index: Position in the batch that was passed in.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, source: str, index: int, reason: str) -> None:
+        super().__init__(f"image {index} ({source}): {reason}")
+        self.source, self.index, self.reason = source, index, reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, str]]:
+        return type(self), (self.source, self.index, self.reason)
+
+
+class ShapeError(CleverZooError, ValueError):
+    """A tensor or array of the wrong rank, size or type."""
+
+
+class SourceError(CleverZooError, ValueError):
+    """A model source that is malformed or could be read in two ways."""
+
+
+class DataError(CleverZooError, ValueError):
+    """A data folder, label file or index that cannot be used."""
+
+
+class NonFiniteError(CleverZooError, ArithmeticError):
+    """A loss term became NaN or infinite; names the term and the step."""
+
+
+class CheckpointError(CleverZooError, RuntimeError):
+    """A checkpoint that belongs to another recipe or cannot be read."""
+
+
+class RecipeError(CleverZooError, ValueError):
+    """A recipe with mistakes, all of them listed.
+
+    Attributes:
+        problems: One line per mistake.
+    """
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        super().__init__(f"{source}: {len(problems)} problem(s){lines}")
+        self.source, self.problems = source, tuple(problems)

@@ -1,0 +1,1 @@
+"""CLeVER pretraining and its evaluations, run from a checkout: ``python -m training.pretrain RECIPE``."""

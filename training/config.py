@@ -1,0 +1,196 @@
+"""The recipe: everything that decides what a training run computes, in one strict schema.
+
+Defaults are the values of the paper's released scripts; a recipe file states what differs.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from clever_zoo.backbones import BACKBONES
+from clever_zoo.errors import RecipeError
+from training.views import Strength
+
+RECIPES = Path(__file__).parent / "recipes"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(_Section):
+    """What to train on and how pixels are normalised."""
+
+    dataset: Literal["fashion-mnist", "image-folder"]
+    image_size_px: int = Field(256, ge=8)  # image-folder: the square that is kept in memory
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+class BackboneConfig(_Section):
+    """The network; `model_args` goes to timm and into the released spec."""
+
+    name: str
+    model_args: dict[str, Any] = {}
+    drop_path_rate: float = Field(0.0, ge=0, lt=1)  # student only
+
+
+class MethodConfig(_Section):
+    """DINO, plain or wrapped by CLeVER; `invariant_dim` defaults to int(0.8 D)."""
+
+    name: Literal["dino"] = "dino"
+    clever: bool = True
+    invariant_dim: int | None = Field(None, ge=1)
+
+
+class ViewsConfig(_Section):
+    """The multi-crop list of views."""
+
+    strength: Strength = "caug"
+    global_size_px: int = Field(224, ge=8)
+    local_size_px: int = Field(96, ge=8)
+    local_views: int = Field(8, ge=0)
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.4)
+
+
+class HeadConfig(_Section):
+    """The projection head of each half."""
+
+    prototypes: int = Field(65536, ge=2)
+    hidden_dim: int = Field(2048, ge=1)
+    bottleneck_dim: int = Field(256, ge=1)
+    batch_norm: bool = False
+    freeze_gain: bool = True
+
+
+class LossConfig(_Section):
+    """Temperatures, centring and the weights of CLeVER's two extra terms."""
+
+    student_temp: float = Field(0.1, gt=0)
+    teacher_temp: float = Field(0.04, gt=0)
+    warmup_teacher_temp: float = Field(0.04, gt=0)
+    warmup_teacher_temp_epochs: int = Field(0, ge=0)
+    center_momentum: float = Field(0.9, ge=0, le=1)
+    orthogonality_weight: float = Field(1.0, ge=0)
+    head_balance_weight: float = Field(0.001, ge=0)
+
+
+class OptimizerConfig(_Section):
+    """AdamW, its schedules, the teacher's momentum."""
+
+    lr_per_256: float = Field(5e-4, gt=0)  # peak lr at batch 256, scaled linearly
+    min_lr: float = Field(1e-6, ge=0)
+    warmup_epochs: float = Field(10, ge=0)
+    weight_decay: float = Field(0.04, ge=0)
+    weight_decay_end: float = Field(0.4, ge=0)
+    clip_norm: float = Field(3.0, gt=0)  # per tensor
+    ema_momentum: float = Field(0.996, ge=0, le=1)
+    freeze_last_layer_epochs: float = Field(1, ge=0)
+
+
+class Recipe(_Section):
+    """One training run. `load_recipe` reads it from TOML."""
+
+    name: str
+    seed: int = Field(0, ge=0)
+    epochs: int = Field(200, ge=1)
+    batch_size: int = Field(512, ge=2)
+    data: DataConfig
+    backbone: BackboneConfig
+    method: MethodConfig = MethodConfig()
+    views: ViewsConfig = ViewsConfig()
+    head: HeadConfig = HeadConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> "Recipe":
+        problems = []
+        if self.backbone.name not in BACKBONES:
+            problems.append(
+                f"backbone.name is {self.backbone.name!r}; use one of {', '.join(BACKBONES)}"
+            )
+        elif self.invariant_dim > self.feature_dim:
+            problems.append(
+                f"method.invariant_dim is {self.invariant_dim}, "
+                f"but {self.backbone.name} has {self.feature_dim} features"
+            )
+        for key in ("global_scale", "local_scale"):
+            low, high = getattr(self.views, key)
+            if not 0 < low <= high <= 1:
+                problems.append(f"views.{key} is [{low}, {high}]; use 0 < low <= high <= 1")
+        if self.optimizer.warmup_epochs >= self.epochs:
+            problems.append(
+                f"optimizer.warmup_epochs is {self.optimizer.warmup_epochs}, "
+                f"which leaves nothing of {self.epochs} epochs"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def feature_dim(self) -> int:
+        """Width D of the backbone's features."""
+        return BACKBONES[self.backbone.name].feature_dim
+
+    @property
+    def invariant_dim(self) -> int:
+        """Where the features are cut: the method's own value, int(0.8 D), or D without CLeVER."""
+        if not self.method.clever:
+            return self.feature_dim
+        return self.method.invariant_dim or int(0.8 * self.feature_dim)
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate at the end of the warm-up."""
+        return self.optimizer.lr_per_256 * self.batch_size / 256
+
+
+def _problem_lines(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key (value {item['input']!r})")
+        elif item["type"] == "value_error" and not where:
+            lines.extend(str(item["ctx"]["error"]).splitlines())
+        elif item["type"] == "missing":
+            lines.append(f"{where}: missing")
+        else:
+            lines.append(f"{where}: {item['msg']} (value {item['input']!r})")
+    return lines
+
+
+def load_recipe(source: str | Path) -> Recipe:
+    """Read a recipe from a TOML file or by the name of a bundled one.
+
+    Args:
+        source: A path that ends in .toml, or a name such as "clever-resnet18.fmnist".
+
+    Raises:
+        RecipeError: If there is no such recipe, it is no TOML, or it has mistakes; lists all.
+    """
+    path = Path(source)
+    if path.suffix != ".toml":
+        path = RECIPES / f"{source}.toml"
+    if not path.is_file():
+        bundled = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise RecipeError(str(source), [f"no such recipe; pass a .toml file or one of: {bundled}"])
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), [f"not valid TOML: {error}"]) from error
+    return parse_recipe({"name": path.stem, **content}, str(path))
+
+
+def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
+    """Validate the content of a recipe; see `load_recipe`."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(source, _problem_lines(error)) from error

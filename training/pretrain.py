@@ -1,0 +1,185 @@
+"""Pretrain an encoder from a recipe.
+
+    python -m training.pretrain clever-resnet18.fmnist --out runs/clever-resnet18.fmnist
+
+The same command goes on where a stopped run left off, to the bit on a CPU.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor, nn
+
+from clever_zoo.errors import CleverZooError, DataError, NonFiniteError
+from training import ema
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.clever import Clever
+from training.config import Recipe, load_recipe, parse_recipe
+from training.data import ImageSet, load_split
+from training.methods.dino import Dino
+from training.networks import build_student, build_teacher, forward_views
+from training.runlog import RunLog
+from training.schedules import cosine, warmup_cosine
+from training.views import MultiCrop
+
+CHECKPOINT = "checkpoint.safetensors"
+UNFINISHED_EXIT_CODE = 3
+
+
+def build_method(recipe: Recipe) -> Dino | Clever:
+    """The recipe's objective on features of width D."""
+    if recipe.method.clever:
+        return Clever(recipe.feature_dim, recipe.invariant_dim, recipe.head, recipe.loss)
+    return Dino(recipe.feature_dim, recipe.head, recipe.loss)
+
+
+def build_views(recipe: Recipe) -> MultiCrop:
+    """The recipe's list of views."""
+    v, d = recipe.views, recipe.data
+    return MultiCrop(**v.model_dump(), mean=d.mean, std=d.std, seed=recipe.seed)
+
+
+def build_optimizer(student: nn.Module, method: nn.Module) -> torch.optim.AdamW:
+    """AdamW with weight decay on everything but biases and vectors, as the reference groups."""
+    named = [(n, p) for m in (student, method) for n, p in m.named_parameters() if p.requires_grad]
+    plain = [p for n, p in named if n.endswith(".bias") or p.ndim == 1]
+    decayed = [p for n, p in named if not (n.endswith(".bias") or p.ndim == 1)]
+    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+
+def set_schedules(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, steps: int) -> float:
+    """Set this step's learning rate and weight decay; returns the teacher's momentum."""
+    o = recipe.optimizer
+    warmup = int(o.warmup_epochs * steps / recipe.epochs)
+    for group in optimizer.param_groups:
+        group["lr"] = warmup_cosine(step, steps, warmup, recipe.peak_lr, o.min_lr)
+    decay = cosine(step, steps, o.weight_decay, o.weight_decay_end)
+    optimizer.param_groups[0]["weight_decay"] = decay
+    return cosine(step, steps, o.ema_momentum, 1.0)
+
+
+def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """(steps, batch_size): a shuffle of the data set, the incomplete last batch dropped."""
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return order[: count // batch_size * batch_size].reshape(-1, batch_size)
+
+
+def check_finite(terms: dict[str, Tensor], step: int) -> None:
+    """Stop before a broken step changes any weight.
+
+    Raises:
+        NonFiniteError: Naming the terms and the step.
+    """
+    broken = {name: term.item() for name, term in terms.items() if not term.isfinite()}
+    if broken:
+        raise NonFiniteError(
+            f"step {step}: {', '.join(f'{k} is {v}' for k, v in broken.items())}; no weight was "
+            "changed. Go on from the last checkpoint with a lower learning rate."
+        )
+
+
+def clean_gradients(student: nn.Module, method: nn.Module, recipe: Recipe, epoch: float) -> None:
+    """Clip each tensor's gradient by its own norm; hold the prototypes still at first."""
+    frozen = epoch < recipe.optimizer.freeze_last_layer_epochs
+    for module in (student, method):
+        for name, parameter in module.named_parameters():
+            if frozen and "last_layer" in name:
+                parameter.grad = None
+            if parameter.grad is not None:
+                nn.utils.clip_grad_norm_([parameter], recipe.optimizer.clip_norm)
+
+
+def train(
+    recipe: Recipe,
+    data: ImageSet,
+    out: Path,
+    *,
+    device: str = "cpu",
+    time_limit_s: float = math.inf,
+    checkpoint_every_s: float = 60.0,
+    stop_at_step: int | None = None,
+) -> dict[str, Any]:
+    """Run or continue a recipe.
+
+    Args:
+        data: The training images.
+        out: Folder of checkpoint and log; a checkpoint in it is continued.
+        time_limit_s: Stop with a checkpoint after this many seconds.
+        stop_at_step: Stop with a checkpoint before this step.
+
+    Returns:
+        The progress: `step` (the next one), `steps` in all, `seconds` spent.
+
+    Raises:
+        CheckpointError: If `out` holds another recipe's checkpoint.
+        NonFiniteError: If a loss term breaks.
+    """
+    student = build_student(recipe.backbone, recipe.seed)
+    student = student.to(device, memory_format=torch.channels_last)
+    teacher = build_teacher(student)
+    method = build_method(recipe).to(device)
+    optimizer = build_optimizer(student, method)
+    modules: dict[str, nn.Module] = {"student": student, "teacher": teacher, "method": method}
+    make_views = build_views(recipe)
+    images = data.images.to(device)
+
+    steps_per_epoch = len(data) // recipe.batch_size
+    if not steps_per_epoch:
+        raise DataError(f"{len(data)} images do not fill one batch of {recipe.batch_size}")
+    total = steps_per_epoch * recipe.epochs
+    end = total if stop_at_step is None else min(stop_at_step, total)
+    progress: dict[str, Any] = {"step": 0, "steps": total, "seconds": 0.0}
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / CHECKPOINT).exists():
+        progress = load_checkpoint(out / CHECKPOINT, modules, optimizer, recipe)
+    started = saved = time.monotonic() - progress["seconds"]
+
+    with RunLog(out / "log.jsonl", first_step=progress["step"], total_steps=total) as log:
+        while progress["step"] < end and time.monotonic() - started < time_limit_s:
+            step = progress["step"]
+            epoch, within = divmod(step, steps_per_epoch)
+            samples = epoch_order(len(data), recipe.batch_size, recipe.seed, epoch)[within]
+            momentum = set_schedules(optimizer, recipe, step, total)
+
+            views = make_views(images[samples], samples, epoch)
+            with torch.no_grad():
+                teacher_features = forward_views(teacher, views[:2])
+            student_features = forward_views(student, views)
+            terms = method.loss_terms(teacher_features, student_features, epoch)
+            check_finite(terms, step)
+            loss = sum(terms.values(), start=torch.zeros((), device=device))
+
+            optimizer.zero_grad()
+            loss.backward()
+            clean_gradients(student, method, recipe, step / steps_per_epoch)
+            optimizer.step()
+            ema.follow(teacher, student, momentum)
+            method.follow(momentum)
+
+            now = time.monotonic()
+            progress = {"step": step + 1, "steps": total, "seconds": now - started}
+            rates = {k: optimizer.param_groups[0][k] for k in ("lr", "weight_decay")}
+            values = {name: term.item() for name, term in terms.items()}
+            log.step({"step": step, "loss": loss.item(), **values, **rates, "momentum": momentum,
+                      "seconds": round(progress["seconds"], 3)})
+            if now - saved > checkpoint_every_s:
+                save_checkpoint(out / CHECKPOINT, modules, optimizer, recipe, progress)
+                saved = now
+    save_checkpoint(out / CHECKPOINT, modules, optimizer, recipe, progress)
+    return progress
+
+
+if __name__ == "__main__":
+    import sys
+    r = load_recipe(sys.argv[1]); out=Path(sys.argv[2]); n=int(sys.argv[3]) if len(sys.argv)>3 else None
+    torch.set_num_threads(1)
+    d = load_split(r.data, None, "train")
+    print(train(r, d, out, stop_at_step=n))
