@@ -1,0 +1,51 @@
+"""Image embeddings in two labelled halves: what is in the picture, and how it was seen.
+
+>>> import clever_zoo
+>>> encoder = clever_zoo.from_pretrained("clever-resnet18")
+>>> embedding = encoder.embed(["a.jpg", "b.jpg"])
+>>> embedding.invariant.shape, embedding.equivariant.shape
+((2, 409), (2, 103))
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clever_zoo.backbones import list_backbones as list_backbones
+    from clever_zoo.embedding import Embedding as Embedding
+    from clever_zoo.encoder import Encoder as Encoder
+    from clever_zoo.encoder import create_encoder as create_encoder
+    from clever_zoo.encoder import create_transform as create_transform
+    from clever_zoo.encoder import from_pretrained as from_pretrained
+    from clever_zoo.errors import CleverZooError as CleverZooError
+    from clever_zoo.registry import list_models as list_models
+    from clever_zoo.registry import model_info as model_info
+    from clever_zoo.spec import ModelSpec as ModelSpec
+
+__version__ = "0.1.0"
+
+# Public name -> module, imported on first use: `import clever_zoo` stays free of torch.
+_PUBLIC = {
+    "CleverZooError": "errors",
+    "Embedding": "embedding",
+    "Encoder": "encoder",
+    "ModelSpec": "spec",
+    "create_encoder": "encoder",
+    "create_transform": "encoder",
+    "from_pretrained": "encoder",
+    "list_backbones": "backbones",
+    "list_models": "registry",
+    "model_info": "registry",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'clever_zoo' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"clever_zoo.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,14 +1,254 @@
+"""Model sources and files: parse where a model comes from, find it, verify it, write safely."""
+
+import functools
+import hashlib
+import logging
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old one or the whole new one, never a part."""
+from typing import NamedTuple
+
+from clever_zoo.errors import DownloadError, IntegrityError, SourceError, SpecError
+from clever_zoo.registry import model_info
+from clever_zoo.spec import CONFIG_FILENAME, ModelSpec, WeightFile
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE = Path(__file__).parent
+# In a wheel the released models lie inside the package, in a checkout beside it.
+_MODEL_FOLDERS = (_PACKAGE / "model_cards", _PACKAGE.parent / "model_cards")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class HubSource(NamedTuple):
+    """A repository on the Hugging Face Hub, `revision` None for its main branch."""
+
+    repo_id: str
+    revision: str | None
+
+
+class LocalSource(NamedTuple):
+    """A folder that holds config.json and a weights file."""
+
+    folder: Path
+
+
+class ReleasedSource(NamedTuple):
+    """A name of the registry."""
+
+    name: str
+
+
+Source = HubSource | LocalSource | ReleasedSource
+
+
+def parse_source(source: str | Path, revision: str | None = None) -> Source:
+    """Decide what a source means, without guessing.
+
+    Args:
+        source: A released name; "org/repo" or "hf-hub:org/repo[@revision]"; "local-dir:PATH" or
+            a Path.
+        revision: Branch, tag or commit of a Hub repository.
+
+    Raises:
+        SourceError: If the source is malformed or has two readings; names both.
+    """
+    parsed = _parse(source, revision)
+    if revision is not None and not isinstance(parsed, HubSource):
+        raise SourceError(
+            f"revision {revision!r} was given, but {str(source)!r} is no Hub repository; "
+            "leave revision out or write 'hf-hub:org/repo'"
+        )
+    return parsed
+
+
+def _parse(source: str | Path, revision: str | None) -> Source:
+    if isinstance(source, Path):
+        return LocalSource(source)
+    scheme, separator, rest = source.partition(":")
+    if separator and scheme == "local-dir":
+        if not rest:
+            raise SourceError("'local-dir:' names no folder; write 'local-dir:PATH'")
+        return LocalSource(Path(rest))
+    if separator and scheme == "hf-hub":
+        repo_id, at, tagged = rest.partition("@")
+        if not _HUB_ID.fullmatch(repo_id) or (at and not tagged):
+            raise SourceError(
+                f"{source!r} is malformed; write 'hf-hub:org/repo' or 'hf-hub:org/repo@revision'"
+            )
+        if tagged and revision not in (None, tagged):
+            raise SourceError(
+                f"{source!r} and revision={revision!r} name two revisions; give one of them"
+            )
+        return HubSource(repo_id, tagged or revision)
+    if _HUB_ID.fullmatch(source) and not source.startswith("."):
+        if Path(source).exists():
+            raise SourceError(
+                f"{source!r} could be a Hub repository or the local folder of that name; "
+                f"write 'hf-hub:{source}' or 'local-dir:{source}'"
+            )
+        return HubSource(source, revision)
+    if not source or re.search(r"[/\\:@\s]", source):
+        raise SourceError(
+            f"{source!r} is neither a model name nor 'org/repo'; for a folder write "
+            f"'local-dir:{source}', for a Hub repository 'hf-hub:org/repo[@revision]'"
+        )
+    return ReleasedSource(source)
+
+
+def locate_model(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> tuple[ModelSpec, Path]:
+    """Find a model's spec and its verified weights file.
+
+    Args:
+        source, revision: See `parse_source`.
+        cache_dir, local_files_only, token: As in huggingface_hub; used for Hub sources only.
+
+    Raises:
+        SourceError, UnknownModelError, SpecError, DownloadError: If it cannot be found.
+        IntegrityError: If the weights are not the recorded ones.
+    """
+    match parse_source(source, revision):
+        case ReleasedSource(name):
+            spec = model_info(name)
+            folder = _released_folder(spec)
+        case LocalSource(folder):
+            if not folder.is_dir():
+                raise SourceError(f"{folder} is no folder; pass one that holds {CONFIG_FILENAME}")
+            spec = ModelSpec.read(folder / CONFIG_FILENAME)
+        case HubSource(repo_id, hub_revision):
+            fetch = functools.partial(
+                _hub_file,
+                repo_id,
+                hub_revision,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                token=token,
+            )
+            spec = ModelSpec.read(fetch(CONFIG_FILENAME))
+            folder = fetch(_weights_of(spec, repo_id).filename).parent
+    weights = _weights_of(spec, str(source))
+    verify_file(folder / weights.filename, weights)
+    if isinstance(source, str) and source != spec.name:
+        _log_resolution(source, spec.name, weights.sha256)
+    return spec, folder / weights.filename
+
+
+@functools.cache
+def _log_resolution(source: str, name: str, sha256: str) -> None:
+    """Cached, so that each source is logged once."""
+    logger.info("%s resolves to %s, sha256 %s", source, name, sha256)
+
+
+def _weights_of(spec: ModelSpec, source: str) -> WeightFile:
+    if spec.weights is None:
+        raise SpecError(
+            f"{source}: the spec of {spec.name!r} records no weights file; save the model again "
+            "with Encoder.save_pretrained"
+        )
+    return spec.weights
+
+
+def _released_folder(spec: ModelSpec) -> Path:
+    for base in _MODEL_FOLDERS:
+        if (base / spec.name).is_dir():
+            return base / spec.name
+    raise DownloadError(
+        f"the weights of {spec.name!r} are not in this installation (looked in "
+        f"{', '.join(map(str, _MODEL_FOLDERS))}) and not on the Hub yet; reinstall clever-zoo"
+    )
+
+
+def _hub_file(
+    repo_id: str,
+    revision: str | None,
+    filename: str,
+    *,
+    cache_dir: Path | None,
+    local_files_only: bool,
+    token: str | bool | None,
+) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        path = hf_hub_download(
+            repo_id,
+            filename,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+        )
+    except LocalEntryNotFoundError as error:
+        raise DownloadError(
+            f"{filename} of {repo_id!r} is not in the Hub cache and could not be fetched "
+            f"({error}); connect once, or check HF_HOME and local_files_only"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise DownloadError(
+            f"{filename} of {repo_id!r} at revision {revision or 'main'} could not be fetched: "
+            f"{error}"
+        ) from error
+    return Path(path)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_file(path: Path, expected: WeightFile) -> None:
+    """Compare a file with its recorded size and digest.
+
+    Raises:
+        IntegrityError: Naming the path, what was expected and what is there.
+    """
+    if not path.is_file():
+        raise IntegrityError(
+            f"{path} is missing; expected {expected.size_bytes} bytes, fetch it again"
+        )
+    size = path.stat().st_size
+    if size != expected.size_bytes:
+        raise IntegrityError(
+            f"{path} has {size} bytes, expected {expected.size_bytes}; it is truncated or "
+            "another file, fetch it again"
+        )
+    digest = file_digest(path)
+    if digest != expected.sha256:
+        raise IntegrityError(
+            f"{path} has sha256 {digest}, expected {expected.sha256}; it was altered, "
+            "fetch it again"
+        )
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write to, renamed to `path` in one step if nothing was raised.
+
+    Readers see the old file or the whole new one, never a part.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a whole file; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

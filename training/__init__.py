@@ -1,1 +1,1 @@
-"""CLeVER pretraining and its evaluations, run from a checkout: ``python -m training.pretrain RECIPE``."""
+"""CLeVER pretraining and its evaluations: ``python -m training.pretrain RECIPE`` in a checkout."""

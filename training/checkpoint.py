@@ -62,7 +62,8 @@ def save_checkpoint(
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            keys = file.keys()
+            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} is no readable checkpoint ({error}); delete it to start afresh"

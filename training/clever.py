@@ -1,4 +1,4 @@
-"""CLeVER around a method: split the features, play the method on the first part, keep the rest apart."""
+"""CLeVER around a method: it plays on the first part of the features, the rest is kept apart."""
 
 from torch import Tensor, nn
 
@@ -14,9 +14,7 @@ class Clever(nn.Module):
     Source: arXiv 2406.00262 and the authors' ``main_dino.py``: L_CL + 1.0 L_Orth + 0.001 L_PReg.
     """
 
-    def __init__(
-        self, in_dim: int, invariant_dim: int, head: HeadConfig, loss: LossConfig
-    ) -> None:
+    def __init__(self, in_dim: int, invariant_dim: int, head: HeadConfig, loss: LossConfig) -> None:
         super().__init__()
         self.invariant_dim = invariant_dim
         self.config = loss

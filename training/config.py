@@ -11,11 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from clever_zoo.backbones import BACKBONES
 from clever_zoo.errors import RecipeError
+from clever_zoo.spec import IMAGENET_MEAN, IMAGENET_STD, problem_lines
 from training.views import Strength
 
 RECIPES = Path(__file__).parent / "recipes"
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class _Section(BaseModel):
@@ -27,6 +26,7 @@ class DataConfig(_Section):
 
     dataset: Literal["fashion-mnist", "image-folder"]
     image_size_px: int = Field(256, ge=8)  # image-folder: the square that is kept in memory
+    crop_pct: float = Field(0.875, gt=0, le=1)  # of the released encoder's evaluation transform
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -151,21 +151,6 @@ class Recipe(_Section):
         return self.optimizer.lr_per_256 * self.batch_size / 256
 
 
-def _problem_lines(error: ValidationError) -> list[str]:
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key (value {item['input']!r})")
-        elif item["type"] == "value_error" and not where:
-            lines.extend(str(item["ctx"]["error"]).splitlines())
-        elif item["type"] == "missing":
-            lines.append(f"{where}: missing")
-        else:
-            lines.append(f"{where}: {item['msg']} (value {item['input']!r})")
-    return lines
-
-
 def load_recipe(source: str | Path) -> Recipe:
     """Read a recipe from a TOML file or by the name of a bundled one.
 
@@ -193,4 +178,4 @@ def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(source, _problem_lines(error)) from error
+        raise RecipeError(source, problem_lines(error)) from error

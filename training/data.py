@@ -13,12 +13,12 @@ from rich.progress import track
 from torch import Tensor
 
 from clever_zoo.errors import DataError
+from clever_zoo.preprocess import IMAGE_SUFFIXES, crop_pixels, load_image
 from training.config import DataConfig
 
 Split = Literal["train", "test"]
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,6 @@ def load_image_folder(folder: Path, size_px: int) -> ImageSet:
         DataError: If there is no class folder or no image.
         ImageError: For a file that is no image, with its path.
     """
-    from clever_zoo.preprocess import crop_pixels, load_image
-
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
     files = [
         (path, label)
@@ -131,7 +129,7 @@ def load_image_folder(folder: Path, size_px: int) -> ImageSet:
         if path.suffix.lower() in IMAGE_SUFFIXES
     ]
     if not files:
-        raise DataError(f"{folder} holds no CLASS/IMAGE files ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise DataError(f"{folder} holds no CLASS/IMAGE files ({', '.join(IMAGE_SUFFIXES)})")
     images = torch.empty(len(files), 3, size_px, size_px, dtype=torch.uint8)
     for i, (path, _) in enumerate(track(files, description=f"decode {folder}")):
         pixels = crop_pixels(load_image(path, i), size_px, size_px)

@@ -45,4 +45,5 @@ class DinoHead(nn.Module):
         gain.requires_grad_(not freeze_gain)
 
     def forward(self, features: Tensor) -> Tensor:
+        """(N, in_dim) -> (N, prototypes) raw scores."""
         return self.last_layer(F.normalize(self.mlp(features), dim=-1, eps=1e-12))

@@ -73,7 +73,7 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
 
 
 def _smoothing_matrix(size: int, sigma: float, device: torch.device) -> Tensor:
-    """(size, size): a Gaussian of odd width 8 sigma + 1 with borders reflected as often as needed."""
+    """(size, size): a Gaussian of width 8 sigma + 1, borders reflected repeatedly."""
     taps = int(8 * sigma + 1) | 1
     offset = torch.arange(taps, device=device, dtype=torch.float64) - taps // 2
     kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
@@ -98,7 +98,7 @@ def elastic(x: Tensor, noise: Tensor, *, alpha: float = 100.0, sigma: float = 5.
     Source: torchvision's ElasticTransform. Its reflected border fails on images of 20 pixels
     and less; here the border reflects again and again.
     """
-    b, _, h, w = x.shape
+    h, w = x.shape[-2:]
     rows, columns = (_smoothing_matrix(n, sigma, x.device) for n in (h, w))
     field = rows @ noise @ columns.T * (alpha / torch.tensor([h, w], device=x.device).view(2, 1, 1))
     grid_x = (torch.arange(w, device=x.device) * 2 + 1) / w - 1

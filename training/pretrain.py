@@ -5,6 +5,7 @@
 The same command goes on where a stopped run left off, to the bit on a CPU.
 """
 
+import json
 import math
 import time
 from pathlib import Path
@@ -14,10 +15,12 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor, nn
 
+from clever_zoo.cli import fail
 from clever_zoo.errors import CleverZooError, DataError, NonFiniteError
+from clever_zoo.files import write_atomic
+from clever_zoo.spec import PreprocessSpec
 from training import ema
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.clever import Clever
@@ -25,11 +28,13 @@ from training.config import Recipe, load_recipe, parse_recipe
 from training.data import ImageSet, load_split
 from training.methods.dino import Dino
 from training.networks import build_student, build_teacher, forward_views
+from training.provenance import environment
 from training.runlog import RunLog
 from training.schedules import cosine, warmup_cosine
 from training.views import MultiCrop
 
 CHECKPOINT = "checkpoint.safetensors"
+ENVIRONMENT = "environment.json"
 UNFINISHED_EXIT_CODE = 3
 
 
@@ -137,7 +142,7 @@ def train(
     total = steps_per_epoch * recipe.epochs
     end = total if stop_at_step is None else min(stop_at_step, total)
     progress: dict[str, Any] = {"step": 0, "steps": total, "seconds": 0.0}
-    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / ENVIRONMENT, json.dumps(environment(device), indent=2).encode())
     if (out / CHECKPOINT).exists():
         progress = load_checkpoint(out / CHECKPOINT, modules, optimizer, recipe)
     started = saved = time.monotonic() - progress["seconds"]
@@ -168,8 +173,16 @@ def train(
             progress = {"step": step + 1, "steps": total, "seconds": now - started}
             rates = {k: optimizer.param_groups[0][k] for k in ("lr", "weight_decay")}
             values = {name: term.item() for name, term in terms.items()}
-            log.step({"step": step, "loss": loss.item(), **values, **rates, "momentum": momentum,
-                      "seconds": round(progress["seconds"], 3)})
+            log.step(
+                {
+                    "step": step,
+                    "loss": loss.item(),
+                    **values,
+                    **rates,
+                    "momentum": momentum,
+                    "seconds": round(progress["seconds"], 3),
+                }
+            )
             if now - saved > checkpoint_every_s:
                 save_checkpoint(out / CHECKPOINT, modules, optimizer, recipe, progress)
                 saved = now
@@ -177,9 +190,77 @@ def train(
     return progress
 
 
+def preprocess_spec(recipe: Recipe) -> PreprocessSpec:
+    """The evaluation transform of the recipe's encoder."""
+    d = recipe.data
+    return PreprocessSpec(
+        input_size_px=recipe.views.global_size_px, crop_pct=d.crop_pct, mean=d.mean, std=d.std
+    )
+
+
+def smoke_version(recipe: Recipe) -> Recipe:
+    """The same recipe in miniature: one epoch, small batch and head."""
+    content = recipe.model_dump()
+    content |= {"name": f"{recipe.name}-smoke", "epochs": 1, "batch_size": 16}
+    content["head"] |= {"prototypes": 64, "hidden_dim": 64, "bottleneck_dim": 32}
+    content["optimizer"] |= {"warmup_epochs": 0.25, "freeze_last_layer_epochs": 0.25}
+    return parse_recipe(content, f"smoke version of {recipe.name}")
+
+
+def main(
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a bundled recipe or path of a .toml file.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of checkpoint and log [runs/NAME]; continued if there."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the data set; Fashion-MNIST is found where Debian puts it."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")] = 0,
+    time_limit_min: Annotated[
+        float, typer.Option(min=0, help="Stop with a checkpoint after so many minutes of training.")
+    ] = math.inf,
+    checkpoint_every_s: Annotated[float, typer.Option(min=0, help="Seconds.")] = 60.0,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A miniature on 128 images, to see that it runs.")
+    ] = False,
+) -> None:
+    """Pretrain an encoder; the same command continues a stopped run, to the bit on a CPU.
+
+    Writes OUT/checkpoint.safetensors (atomically), OUT/log.jsonl with every loss term of every
+    step, and OUT/environment.json. Exit code 0: finished. 2: bad input. 3: stopped by the time
+    limit.
+
+    Example: python -m training.pretrain clever-resnet18.fmnist --out runs/clever-resnet18.fmnist
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        loaded = load_recipe(recipe)
+        images = load_split(loaded.data, data, "train")
+        if smoke:
+            loaded = smoke_version(loaded)
+            images = ImageSet(images.images[:128], images.labels[:128], images.class_names)
+        folder = out or Path("runs") / loaded.name
+        progress = train(
+            loaded,
+            images,
+            folder,
+            device=device,
+            time_limit_s=60 * time_limit_min,
+            checkpoint_every_s=checkpoint_every_s,
+        )
+    except CleverZooError as error:
+        fail(error)
+    step, steps, seconds = (progress[key] for key in ("step", "steps", "seconds"))
+    typer.echo(f"{step} of {steps} steps, {seconds:.0f} s: {folder}")
+    if step < steps:
+        raise typer.Exit(UNFINISHED_EXIT_CODE)
+
+
 if __name__ == "__main__":
-    import sys
-    r = load_recipe(sys.argv[1]); out=Path(sys.argv[2]); n=int(sys.argv[3]) if len(sys.argv)>3 else None
-    torch.set_num_threads(1)
-    d = load_split(r.data, None, "train")
-    print(train(r, d, out, stop_at_step=n))
+    typer.run(main)

@@ -8,9 +8,7 @@ def cosine(step: int, total_steps: int, start: float, end: float) -> float:
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / total_steps))
 
 
-def warmup_cosine(
-    step: int, total_steps: int, warmup_steps: int, peak: float, end: float
-) -> float:
+def warmup_cosine(step: int, total_steps: int, warmup_steps: int, peak: float, end: float) -> float:
     """Linear from 0 at step 0 to `peak` at the last warm-up step, then `cosine` to `end`."""
     if step < warmup_steps:
         return peak * step / max(warmup_steps - 1, 1)

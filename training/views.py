@@ -73,7 +73,7 @@ def _crop_boxes(
     low, high = (math.log(r) for r in ASPECT_RATIO)
     aspect = np.exp(low + u[:, CROP_ATTEMPTS : 2 * CROP_ATTEMPTS] * (high - low))
     width, height = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (0 < width) & (width <= image_w) & (0 < height) & (height <= image_h)
+    fits = (width > 0) & (width <= image_w) & (height > 0) & (height <= image_h)
     attempt = fits.argmax(1)
     rows = np.arange(len(u))
     width, height = width[rows, attempt], height[rows, attempt]
@@ -123,9 +123,7 @@ def draw_parameters(
     low, high = np.array(JITTER_LOW), np.array(JITTER_HIGH)
     noise = None
     if strength == "caug_plus":
-        flat = uniforms(
-            seed, epoch, samples[elastic], view, 2 * size * size, first=_FIXED_DRAWS
-        )
+        flat = uniforms(seed, epoch, samples[elastic], view, 2 * size * size, first=_FIXED_DRAWS)
         noise = torch.from_numpy(2 * flat - 1).float().view(-1, 2, size, size)
     sigma_px = BLUR_SIGMA_PX[0] + sigma * (BLUR_SIGMA_PX[1] - BLUR_SIGMA_PX[0])
     top, left, height, width = torch.from_numpy(boxes).float()

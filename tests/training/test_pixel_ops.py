@@ -127,7 +127,5 @@ def test_elastic(images: list[Image.Image]) -> None:
             F.gaussian_blur(axis[None, None], [41, 41], [5.0, 5.0]) * 100 / side for axis in field
         ]
         displacement = torch.cat(smooth, dim=1).permute(0, 2, 3, 1)
-        expected.append(
-            F.elastic_transform(image, displacement, InterpolationMode.BILINEAR, [0.0])
-        )
+        expected.append(F.elastic_transform(image, displacement, InterpolationMode.BILINEAR, [0.0]))
     assert mean_difference(pixel_ops.elastic(batch(images), noise), expected) <= 0.05

@@ -1,0 +1,149 @@
+"""The command line: ``clever-zoo list | info | embed | verify``."""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from clever_zoo.backbones import list_backbones
+from clever_zoo.errors import CleverZooError
+from clever_zoo.registry import list_models, model_info
+
+app = typer.Typer(
+    name="clever-zoo",
+    help="Image embeddings in two labelled halves: what is in the picture, and how it was seen.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out, _err = Console(), Console(stderr=True)
+
+ModelArgument = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A released name, org/repo or hf-hub:org/repo[@rev] on the Hub, or local-dir:PATH.",
+    ),
+]
+
+
+class OnErrorChoice(StrEnum):
+    """What to do with an unreadable file."""
+
+    skip = "skip"
+    raise_ = "raise"
+
+
+def fail(error: CleverZooError) -> NoReturn:
+    """Print an error as one message and end with exit code 2."""
+    _err.print(f"[red]error:[/red] {type(error).__name__}: ", end="")
+    _err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(2)
+
+
+@app.command("list")
+def list_command(
+    pattern: Annotated[str, typer.Argument(help="Shell-style filter, such as 'clever-*'.")] = "*",
+    backbone: Annotated[str | None, typer.Option(help="Only this backbone.")] = None,
+) -> None:
+    """List the released models, and the backbones that can be built."""
+    try:
+        names = list_models(pattern, backbone=backbone)
+    except CleverZooError as error:
+        fail(error)
+    table = Table("model", "backbone", "invariant", "equivariant", "input px", "MB")
+    for spec in map(model_info, names):
+        size_mb = f"{spec.weights.size_bytes / 1e6:.1f}" if spec.weights else ""
+        halves = str(spec.invariant_dim), str(spec.equivariant_dim)
+        size_px = str(spec.preprocess.input_size_px)
+        table.add_row(spec.name, spec.backbone, *halves, size_px, size_mb)
+    _out.print(table)
+    _out.print(f"backbones: {', '.join(list_backbones())}")
+
+
+@app.command()
+def info(name: Annotated[str, typer.Argument(help="A released model.")]) -> None:
+    """Print a released model's spec as JSON."""
+    try:
+        spec = model_info(name)
+    except CleverZooError as error:
+        fail(error)
+    sys.stdout.write(json.dumps(spec.model_dump(mode="json"), indent=2) + "\n")
+
+
+@app.command()
+def embed(
+    inputs: Annotated[list[str], typer.Argument(help="Folders, glob patterns and files.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Target, .parquet or .npz; replaced at the end.")
+    ],
+    model: ModelArgument = "clever-resnet18",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    on_error: Annotated[
+        OnErrorChoice,
+        typer.Option(help="skip: list unreadable files in NAME.errors.jsonl; raise: stop at one."),
+    ] = OnErrorChoice.skip,
+) -> None:
+    """Embed images into a file with the columns path, invariant and equivariant.
+
+    Exit code 0: all written. 1: some files were unreadable, the rest is written. 2: nothing was.
+
+    Example: clever-zoo embed photos/ 'more/*.png' -o photos.parquet
+    """
+    from clever_zoo.bulk import embed_files, find_images
+
+    try:
+        from clever_zoo.encoder import from_pretrained
+
+        paths = find_images(inputs)
+        encoder = from_pretrained(model, device=device)
+        bar = Progress(
+            TextColumn("embed"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=_err,
+        )  # fmt: skip
+        with bar:
+            task = bar.add_task("embed", total=len(paths))
+            report = embed_files(
+                paths,
+                encoder,
+                output,
+                batch_size=batch_size,
+                on_error=on_error.value,
+                on_progress=lambda done: bar.update(task, completed=done),
+            )
+    except CleverZooError as error:
+        fail(error)
+    _out.print(f"{report.written} images embedded with {encoder.spec.name} -> {output}")
+    if report.errors:
+        _err.print(f"{len(report.errors)} unreadable files listed in {report.errors_path}")
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="As for --model of embed.")],
+) -> None:
+    """Check a model's size and digest, and its first values against golden.json.
+
+    Exit code 0: all is as recorded. 2: something is not.
+    """
+    try:
+        from clever_zoo.golden import check_golden
+
+        difference = check_golden(model)
+    except CleverZooError as error:
+        fail(error)
+    _out.print(f"{model}: digest as recorded, golden values within {difference:.1e}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

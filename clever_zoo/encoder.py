@@ -1,0 +1,306 @@
+"""The torch encoder: a backbone, its spec, and the split into two halves."""
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from clever_zoo.backbones import backbone_info, build_backbone
+from clever_zoo.embedding import Embedding, split_features
+from clever_zoo.errors import BackendMissingError, ShapeError, WeightsMismatchError
+from clever_zoo.files import locate_model, write_atomic
+from clever_zoo.preprocess import (
+    ImageInput,
+    image_pixels,
+    load_image,
+    normalize_pixels,
+    pixel_batches,
+)
+from clever_zoo.spec import CONFIG_FILENAME, ModelSpec, PreprocessSpec, WeightFile
+
+try:
+    import torch
+    from safetensors.torch import load_file, save
+    from torch import Tensor, nn
+except ImportError as error:
+    raise BackendMissingError(
+        f'{error.name} is not installed: pip install "clever-zoo[torch]"'
+    ) from error
+
+Progress = Callable[[int], None]
+
+
+class Encoder(nn.Module):
+    """Pixels to embeddings; what this project publishes.
+
+    Args:
+        spec: What to build.
+        backbone: An existing module (B, 3, H, W) -> (B, D) to use instead of a fresh one.
+
+    Attributes:
+        spec: The frozen description.
+        backbone: The timm module.
+    """
+
+    def __init__(self, spec: ModelSpec, backbone: nn.Module | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backbone = backbone or build_backbone(spec.backbone, **spec.model_args)
+
+    def forward(self, pixels: Tensor) -> Embedding[Tensor]:
+        """Embed normalised pixels, differentiably.
+
+        Shapes: (B, 3, H, W) float -> `invariant` (B, invariant_dim), `equivariant`
+        (B, equivariant_dim).
+
+        Raises:
+            ShapeError: For another rank, channel count or an integer type.
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:
+            raise ShapeError(
+                f"pixels have shape {tuple(pixels.shape)}; expected (B, 3, H, W), "
+                "as Encoder.preprocess returns"
+            )
+        if not pixels.is_floating_point():
+            raise ShapeError(
+                f"pixels are {pixels.dtype}; expected normalised floats, "
+                "as Encoder.preprocess returns"
+            )
+        return split_features(self.backbone(pixels), self.spec.invariant_dim)
+
+    def preprocess(self, images: Iterable[ImageInput]) -> Tensor:
+        """Load images as `forward` wants them: (B, 3, size, size) on the encoder's device.
+
+        Raises:
+            ImageError: For a bad image, with its source and index.
+        """
+        size = self.spec.preprocess.input_size_px
+        batches = list(pixel_batches(images, self.spec.preprocess, batch_size=1))
+        empty = np.zeros((0, size, size, 3), dtype=np.uint8)
+        return self._to_tensor(np.concatenate([empty, *batches]))
+
+    def embed(
+        self,
+        images: Iterable[ImageInput],
+        *,
+        batch_size: int = 32,
+        on_progress: Progress | None = None,
+    ) -> Embedding[NDArray[np.float32]]:
+        """Embed any number of images into two arrays, in order.
+
+        Args:
+            images: Paths, PIL images or (H, W, 3) uint8 arrays, mixed as you like.
+            batch_size: Images per forward pass; it does not change the result.
+            on_progress: Called after each batch with the number of images done.
+
+        Returns:
+            float32 `invariant` (N, invariant_dim) and `equivariant` (N, equivariant_dim).
+
+        Raises:
+            ImageError: For the first bad image, with its source and index.
+        """
+        widths = self.spec.invariant_dim, self.spec.equivariant_dim
+        batches = [Embedding(*(np.zeros((0, width), dtype=np.float32) for width in widths))]
+        done = 0
+        for batch in self.embed_batches(images, batch_size=batch_size):
+            batches.append(batch)
+            done += len(batch.invariant)
+            if on_progress is not None:
+                on_progress(done)
+        return Embedding(*(np.concatenate(halves) for halves in zip(*batches, strict=True)))
+
+    def embed_batches(
+        self, images: Iterable[ImageInput], *, batch_size: int = 32
+    ) -> Iterator[Embedding[NDArray[np.float32]]]:
+        """Like `embed`, but yields batch after batch in constant memory."""
+        for pixels in pixel_batches(images, self.spec.preprocess, batch_size):
+            yield self.embed_pixels(pixels)
+
+    def embed_pixels(self, pixels: NDArray[np.uint8]) -> Embedding[NDArray[np.float32]]:
+        """Embed resized and cropped squares, (B, size, size, 3) uint8 RGB.
+
+        Runs in evaluation mode and without gradients whatever mode the module is in.
+        """
+        with evaluating(self), torch.inference_mode():
+            halves = self(self._to_tensor(pixels))
+            return Embedding(*(half.float().cpu().numpy() for half in halves))
+
+    def _to_tensor(self, pixels: NDArray[np.uint8]) -> Tensor:
+        device = next(self.parameters()).device
+        return torch.from_numpy(normalize_pixels(pixels, self.spec.preprocess)).to(device)
+
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: Literal["float32", "float16"] = "float32"
+    ) -> ModelSpec:
+        """Write config.json and model.safetensors; timm and transformers read the folder too.
+
+        Args:
+            folder: Created if missing; existing files of these names are replaced.
+            dtype: Storage type. float16 halves the file; norm layers and running statistics
+                stay float32, and loading always gives float32.
+
+        Returns:
+            The spec with the size and digest of the written file.
+        """
+        keep = set() if dtype == "float32" else _norm_keys(self.backbone)
+        tensors = {
+            key: value.detach().cpu().contiguous()
+            if key in keep or not value.is_floating_point()
+            else value.detach().cpu().to(getattr(torch, dtype)).contiguous()
+            for key, value in self.backbone.state_dict().items()
+        }
+        content = save(tensors, metadata={"format": "pt"})
+        spec = self.spec.model_copy(update={"weights": WeightFile.of(content)})
+        config = json.dumps(spec.to_config(), indent=2) + "\n"
+        write_atomic(Path(folder) / WeightFile.of(content).filename, content)
+        write_atomic(Path(folder) / CONFIG_FILENAME, config.encode())
+        return spec
+
+    @classmethod
+    def _load(cls, spec: ModelSpec, weights: Path) -> Self:
+        encoder = cls(spec)
+        expected = encoder.backbone.state_dict()
+        stored = load_file(weights)
+        _check_tensors(
+            {k: tuple(v.shape) for k, v in expected.items()},
+            {k: tuple(v.shape) for k, v in stored.items()},
+            weights,
+        )
+        encoder.backbone.load_state_dict(stored)
+        return encoder
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    device: str = "cpu",
+) -> Encoder:
+    """Load an encoder in evaluation mode.
+
+    Args:
+        source: A released name such as "clever-resnet18" (loads with no network); "org/repo" or
+            "hf-hub:org/repo[@revision]" on the Hub; "local-dir:PATH" or a Path for a folder.
+        revision: Branch, tag or commit of a Hub repository.
+        cache_dir, local_files_only, token: As in huggingface_hub.
+        device: Where to put it, such as "cpu" or "cuda".
+
+    Raises:
+        UnknownModelError: For a name without released weights.
+        SourceError, SpecError, DownloadError: If the model cannot be found or described.
+        IntegrityError, WeightsMismatchError: If its weights are not the recorded ones.
+    """
+    spec, weights = locate_model(
+        source,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+    )
+    return Encoder._load(spec, weights).to(device).eval()
+
+
+def create_encoder(
+    backbone: str, *, invariant_dim: int | None = None, **backbone_kwargs: Any
+) -> Encoder:
+    """Build an encoder with random weights, in training mode.
+
+    Args:
+        backbone: One of `list_backbones()`.
+        invariant_dim: Where to cut the features; None means int(0.8 D), as in the paper.
+        **backbone_kwargs: timm arguments, such as img_size=32, patch_size=4 for a ViT.
+
+    Raises:
+        UnknownModelError: For an unknown backbone.
+        SpecError: If `invariant_dim` does not fit.
+    """
+    info = backbone_info(backbone)
+    size = backbone_kwargs.get("img_size", PreprocessSpec().input_size_px)
+    return Encoder(
+        ModelSpec.create(
+            name=backbone,
+            backbone=backbone,
+            invariant_dim=int(0.8 * info.feature_dim) if invariant_dim is None else invariant_dim,
+            preprocess=PreprocessSpec(input_size_px=size),
+            model_args=backbone_kwargs,
+        )
+    )
+
+
+def create_transform(spec: ModelSpec, *, training: bool = False) -> Callable[[Image.Image], Tensor]:
+    """The image transform of a model for a DataLoader; it can be pickled.
+
+    Args:
+        spec: As in `Encoder.spec` or from `model_info`.
+        training: Random resized crops and flips instead of the evaluation transform.
+
+    Returns:
+        PIL image -> (3, size, size) float32, normalised.
+    """
+    if not training:
+        return functools.partial(_evaluation_pixels, spec=spec.preprocess)
+    from torchvision import transforms
+
+    p = spec.preprocess
+    bicubic = transforms.InterpolationMode.BICUBIC
+    return transforms.Compose(
+        [
+            load_image,
+            transforms.RandomResizedCrop(p.input_size_px, interpolation=bicubic),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(p.mean, p.std),
+        ]
+    )
+
+
+def _evaluation_pixels(image: ImageInput, spec: PreprocessSpec) -> Tensor:
+    return torch.from_numpy(normalize_pixels(image_pixels(image, spec)[None], spec)[0])
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every submodule gets its own mode back."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+
+
+def _norm_keys(backbone: nn.Module) -> set[str]:
+    norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    return {
+        f"{name}.{key}"
+        for name, module in backbone.named_modules()
+        if isinstance(module, norms)
+        for key in module.state_dict()
+    }
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _check_tensors(expected: Shapes, stored: Shapes, path: Path) -> None:
+    problems = [f"missing: {key}" for key in sorted(expected.keys() - stored.keys())]
+    problems += [f"unexpected: {key}" for key in sorted(stored.keys() - expected.keys())]
+    problems += [
+        f"wrong shape: {key} is {stored[key]}, expected {expected[key]}"
+        for key in sorted(expected.keys() & stored.keys())
+        if stored[key] != expected[key]
+    ]
+    if problems:
+        shown = "".join(f"\n  - {line}" for line in problems[:10])
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise WeightsMismatchError(f"{path} does not fit its spec's backbone:{shown}{more}")

@@ -1,0 +1,63 @@
+"""golden.json: the first values of each half for one bundled picture, kept beside the weights.
+
+Any runtime can check itself against it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clever_zoo.embedding import Embedding
+from clever_zoo.encoder import Encoder, from_pretrained
+from clever_zoo.errors import IntegrityError
+from clever_zoo.files import locate_model
+from clever_zoo.samples import sample_paths
+
+GOLDEN_FILENAME = "golden.json"
+VALUES = 8
+TOLERANCE = 1e-4  # of the half's norm: room for other processors, none for other weights
+
+
+def golden_values(encoder: Encoder) -> dict[str, Any]:
+    """The content of golden.json: the picture's name and the first values of each half."""
+    path = sample_paths()[0]
+    embedding = encoder.embed([path])
+    halves = {name: _first(half) for name, half in embedding._asdict().items()}
+    return {"sample": path.name, "norms": _norms(embedding), **halves}
+
+
+def _first(half: NDArray[np.float32]) -> list[float]:
+    return [round(float(value), 6) for value in half[0, :VALUES]]
+
+
+def _norms(embedding: Embedding[NDArray[np.float32]]) -> dict[str, float]:
+    return {k: round(float(np.linalg.norm(v)), 6) for k, v in embedding._asdict().items()}
+
+
+def check_golden(source: str | Path) -> float:
+    """Load a model and compare it with its golden.json.
+
+    Returns:
+        The greatest difference of a value, relative to the norm of its half.
+
+    Raises:
+        IntegrityError: If golden.json is missing or a value is off by more than 1e-4.
+    """
+    encoder = from_pretrained(source)
+    path = locate_model(source)[1].parent / GOLDEN_FILENAME
+    if not path.is_file():
+        raise IntegrityError(f"{path} does not exist, so the values cannot be checked")
+    expected, actual = json.loads(path.read_text()), golden_values(encoder)
+    worst = 0.0
+    for name, norm in expected["norms"].items():
+        values = np.array([actual["norms"][name], *actual[name]])
+        recorded = np.array([norm, *expected[name]])
+        worst = max(worst, float(np.abs(values - recorded).max()) / max(norm, 1e-12))
+    if worst > TOLERANCE:
+        raise IntegrityError(
+            f"{path}: embeddings differ by {worst:.1e} of their norm, allowed {TOLERANCE:.0e}"
+        )
+    return worst

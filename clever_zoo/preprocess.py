@@ -1,0 +1,152 @@
+"""Image -> pixels, with Pillow and NumPy alone, so that every runtime sees the same numbers."""
+
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from clever_zoo.errors import ImageError
+from clever_zoo.spec import PreprocessSpec
+
+ImageInput = str | Path | Image.Image | NDArray[np.uint8]
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MIN_SIDE_PX = 2
+_UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+
+
+def load_image(source: ImageInput, index: int = 0) -> Image.Image:
+    """Open or convert one image to upright 8-bit RGB.
+
+    EXIF orientation is applied, transparency is laid on white, 16-bit grey is divided by 257.
+
+    Args:
+        source: A path, a PIL image of any common mode, or an (H, W, 3) uint8 RGB array.
+        index: Position in the caller's batch, for the error message.
+
+    Raises:
+        ImageError: If it cannot be read, has no defined 8-bit meaning, or is under 2 pixels
+            on a side.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source, index)
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, f"PIL image of mode {source.mode}", index)
+    if not isinstance(source, str | Path):
+        raise ImageError(
+            type(source).__name__, index, "pass a path, a PIL image or an (H, W, 3) uint8 array"
+        )
+    try:
+        with Image.open(source) as image:
+            return _to_rgb(image, str(source), index)
+    except FileNotFoundError as error:
+        raise ImageError(str(source), index, "no such file") from error
+    except ImageError:
+        raise
+    except _UNREADABLE as error:
+        raise ImageError(str(source), index, f"cannot be read as an image: {error}") from error
+
+
+def _from_array(array: NDArray[np.uint8], index: int) -> Image.Image:
+    description = f"array {array.shape} {array.dtype}"
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ImageError(
+            description, index, "arrays must be (H, W, 3) RGB of dtype uint8 with values 0..255"
+        )
+    _check_size(array.shape[1], array.shape[0], description, index)
+    return Image.fromarray(array)
+
+
+def _check_size(width: int, height: int, description: str, index: int) -> None:
+    if min(width, height) < MIN_SIDE_PX:
+        raise ImageError(
+            description, index, f"{width}x{height} pixels; each side needs at least {MIN_SIDE_PX}"
+        )
+
+
+def _to_rgb(image: Image.Image, description: str, index: int) -> Image.Image:
+    _check_size(image.width, image.height, description, index)
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            wide = np.asarray(image).astype(np.uint32)
+            image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ImageError(
+                description, index, f"mode {image.mode} has no fixed range; convert it to L or RGB"
+            )
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        return image.convert("RGB")
+    except ImageError:
+        raise
+    except _UNREADABLE as error:
+        raise ImageError(description, index, f"cannot be decoded: {error}") from error
+
+
+def crop_pixels(image: Image.Image, resize_px: int, size_px: int) -> NDArray[np.uint8]:
+    """Resize the short side to `resize_px` (bicubic, antialiased) and cut the central square.
+
+    Only the square is computed, so a very long image costs no more than a square one.
+
+    Returns:
+        (size_px, size_px, 3) uint8.
+
+    Source: the same numbers as timm's evaluation transform, to 1 of 255.
+    """
+    width, height = image.size
+    short = min(width, height)
+    resized = [int(resize_px * side / short) for side in (width, height)]
+    first = [round((side - size_px) / 2) for side in resized]
+    scale = [side / new for side, new in zip((width, height), resized, strict=True)]
+    box = (
+        first[0] * scale[0],
+        first[1] * scale[1],
+        min((first[0] + size_px) * scale[0], width),
+        min((first[1] + size_px) * scale[1], height),
+    )
+    cropped = image.resize((size_px, size_px), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(cropped, dtype=np.uint8)
+
+
+def image_pixels(source: ImageInput, spec: PreprocessSpec, index: int = 0) -> NDArray[np.uint8]:
+    """One image as the (size, size, 3) uint8 square that a model with `spec` sees.
+
+    Raises:
+        ImageError: See `load_image`.
+    """
+    return crop_pixels(load_image(source, index), spec.resize_px, spec.input_size_px)
+
+
+def normalize_pixels(pixels: NDArray[np.uint8], spec: PreprocessSpec) -> NDArray[np.float32]:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, (value / 255 - mean) / std per channel."""
+    mean, std = (np.array(values, dtype=np.float32) for values in (spec.mean, spec.std))
+    scaled = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+def pixel_batches(
+    images: Iterable[ImageInput], spec: PreprocessSpec, batch_size: int
+) -> Iterator[NDArray[np.uint8]]:
+    """Load images lazily into (B, size, size, 3) uint8 batches; the last may be shorter.
+
+    Raises:
+        ImageError: For a bad image, with its position in `images`; or if `images` is a single
+            image and not a collection.
+    """
+    if isinstance(images, str | Path | Image.Image):
+        raise ImageError(
+            str(images), 0, "is a single image where a collection is expected; pass [image]"
+        )
+    batch: list[NDArray[np.uint8]] = []
+    for index, image in enumerate(images):
+        batch.append(image_pixels(image, spec, index))
+        if len(batch) == batch_size:
+            yield np.stack(batch)
+            batch = []
+    if batch:
+        yield np.stack(batch)

@@ -1,0 +1,63 @@
+"""The published models. A name is listed here only when its weights are."""
+
+import difflib
+import fnmatch
+import re
+from pathlib import Path
+
+from clever_zoo.backbones import BACKBONES, backbone_info
+from clever_zoo.errors import UnknownModelError
+from clever_zoo.spec import ModelSpec
+
+RELEASED: tuple[ModelSpec, ...] = ()
+
+# The released weights that a name without a tag stands for.
+DEFAULT_TAGS = {"clever-resnet18": "fmnist"}
+
+_MODELS = {spec.name: spec for spec in RELEASED}
+
+
+def list_models(pattern: str = "*", *, backbone: str | None = None) -> tuple[str, ...]:
+    """Full names of the released models.
+
+    Args:
+        pattern: Shell-style filter, such as "clever-*" or "*.fmnist".
+        backbone: Only models with this backbone id.
+
+    Raises:
+        UnknownModelError: If `backbone` is no backbone.
+    """
+    if backbone is not None:
+        backbone_info(backbone)
+    return tuple(
+        spec.name
+        for spec in RELEASED
+        if fnmatch.fnmatchcase(spec.name, pattern) and backbone in (None, spec.backbone)
+    )
+
+
+def model_info(name: str) -> ModelSpec:
+    """The spec of a released model, by full name or by the name without its tag.
+
+    Raises:
+        UnknownModelError: With close matches, or with the recipe that would make it.
+    """
+    full_name = f"{name}.{DEFAULT_TAGS[name]}" if name in DEFAULT_TAGS else name
+    if full_name in _MODELS:
+        return _MODELS[full_name]
+    known = re.fullmatch(r"(clever|dino)-([a-z0-9-]+?)(\.[a-z0-9-]+)?", name)
+    if known and known[2].replace("-", "_") in BACKBONES:
+        recipe = name if known[3] else f"{name}.fmnist"
+        raise UnknownModelError(
+            f"{name!r} has no released weights (released: {', '.join(_MODELS) or 'none'}); "
+            f"train it in a checkout with `python -m training.pretrain {recipe}` "
+            f"(recipe training/recipes/{recipe}.toml), or start from random weights with "
+            f"clever_zoo.create_encoder({known[2].replace('-', '_')!r})"
+        )
+    close = difflib.get_close_matches(name, [*_MODELS, *DEFAULT_TAGS], n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    local = f"For the local folder write 'local-dir:{name}'. " if Path(name).is_dir() else ""
+    raise UnknownModelError(
+        f"unknown model {name!r}; {hint}{local}"
+        f"Released: {', '.join(_MODELS) or 'none'}. See clever_zoo.list_models()."
+    )

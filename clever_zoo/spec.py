@@ -1,0 +1,207 @@
+"""The frozen description of one model, and its config.json that timm and transformers read too."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from clever_zoo.backbones import BACKBONES
+from clever_zoo.errors import SpecError
+
+SCHEMA_VERSION = 1
+CONFIG_FILENAME = "config.json"
+WEIGHTS_FILENAME = "model.safetensors"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PreprocessSpec(_Frozen):
+    """How an image becomes pixels: short side resized (bicubic), centre cropped, normalised.
+
+    Attributes:
+        input_size_px: Side of the square the backbone sees.
+        crop_pct: Side of the crop relative to the resized short side, as timm defines it.
+        mean, std: Per RGB channel, on the 0..1 scale.
+    """
+
+    input_size_px: int = Field(224, ge=1)
+    crop_pct: float = Field(0.875, gt=0, le=1)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    @property
+    def resize_px(self) -> int:
+        """Length of the short side after resizing."""
+        return math.floor(self.input_size_px / self.crop_pct)
+
+
+class WeightFile(_Frozen):
+    """A weights file by name, size and digest."""
+
+    filename: str = Field(WEIGHTS_FILENAME, pattern=r"^[\w-][\w.-]*\.safetensors$")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    size_bytes: int = Field(ge=0)
+
+    @classmethod
+    def of(cls, content: bytes) -> Self:
+        """Describe the content of a weights file."""
+        return cls(sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+
+
+class Provenance(_Frozen):
+    """Where released weights come from.
+
+    Attributes:
+        recipe: Name of the file in training/recipes.
+        commit: Commit of this repository that trained them.
+        dataset: What they were trained on.
+        license: SPDX identifier of the weights' licence.
+    """
+
+    recipe: str
+    commit: str
+    dataset: str
+    license: str = "Apache-2.0"
+
+
+class ModelSpec(_Frozen):
+    """One model: what to build, how to feed it, where to cut its features.
+
+    Attributes:
+        name: Full name such as "clever-resnet18.fmnist", or a backbone id for fresh weights.
+        backbone: One of `clever_zoo.list_backbones()`.
+        invariant_dim: The first `invariant_dim` features are the invariant half.
+        preprocess: The evaluation transform.
+        model_args: timm arguments that differ from its defaults, such as img_size.
+        weights: The weights file, None for a network that was never saved.
+        provenance: Where released weights come from, else None.
+    """
+
+    name: str = Field(min_length=1)
+    backbone: str
+    invariant_dim: int = Field(ge=1)
+    preprocess: PreprocessSpec = PreprocessSpec()
+    model_args: dict[str, Any] = {}
+    weights: WeightFile | None = None
+    provenance: Provenance | None = None
+
+    @model_validator(mode="after")
+    def _check_backbone(self) -> Self:
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"unknown backbone {self.backbone!r}; use {', '.join(BACKBONES)}")
+        if self.invariant_dim > self.feature_dim:
+            raise ValueError(
+                f"invariant_dim is {self.invariant_dim}, but {self.backbone} "
+                f"has {self.feature_dim} features"
+            )
+        return self
+
+    @property
+    def feature_dim(self) -> int:
+        """Width D of the features."""
+        return BACKBONES[self.backbone].feature_dim
+
+    @property
+    def equivariant_dim(self) -> int:
+        """Width of the equivariant half; 0 for an encoder without a split."""
+        return self.feature_dim - self.invariant_dim
+
+    @classmethod
+    def create(cls, source: str = "model spec", /, **fields: Any) -> Self:
+        """Validate fields into a spec.
+
+        Raises:
+            SpecError: Naming `source` and every unknown, missing or wrong field.
+        """
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            lines = "".join(f"\n  - {line}" for line in problem_lines(error))
+            raise SpecError(f"{source}:{lines}") from error
+
+    def to_config(self) -> dict[str, Any]:
+        """The content of config.json: timm's keys outside, this spec under `clever`."""
+        info, p = BACKBONES[self.backbone], self.preprocess
+        model_args = info.model_args | self.model_args
+        return {
+            "architecture": info.architecture,
+            "num_classes": 0,
+            "num_features": info.feature_dim,
+            "global_pool": info.global_pool,
+            **({"model_args": model_args} if model_args else {}),
+            # Without it transformers takes the type of the stored tensors, which may be float16.
+            "dtype": "float32",
+            "pretrained_cfg": {
+                "num_classes": 0,
+                "input_size": [3, p.input_size_px, p.input_size_px],
+                "crop_pct": p.crop_pct,
+                "crop_mode": "center",
+                "interpolation": "bicubic",
+                "mean": list(p.mean),
+                "std": list(p.std),
+                "first_conv": info.first_conv,
+                "classifier": info.classifier,
+            },
+            "clever": {"schema_version": SCHEMA_VERSION, **self.model_dump(mode="json")},
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], source: str) -> Self:
+        """Read the `clever` part of a config.json strictly; the rest is timm's.
+
+        Raises:
+            SpecError: Naming `source` and every unknown, missing or wrong field.
+        """
+        part = config.get("clever") if isinstance(config, dict) else None
+        if not isinstance(part, dict):
+            raise SpecError(
+                f"{source} has no 'clever' section, so the split is unknown; "
+                "load such a model with timm, or add the section (see the model cards)"
+            )
+        fields = dict(part)
+        version = fields.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise SpecError(
+                f"{source}: clever.schema_version is {version!r}, this release reads "
+                f"{SCHEMA_VERSION}; upgrade clever-zoo"
+            )
+        return cls.create(f"{source}, section 'clever'", **fields)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a config.json; see `from_config`.
+
+        Raises:
+            SpecError: If the file is missing, no JSON, or does not fit.
+        """
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise SpecError(f"{path} does not exist; a model folder holds {path.name}") from error
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise SpecError(f"{path} is not valid JSON: {error}") from error
+        return cls.from_config(config, str(path))
+
+
+def problem_lines(error: ValidationError) -> list[str]:
+    """One readable line for each mistake that pydantic found."""
+    lines: list[str] = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        prefix = f"{where}: " if where else ""
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{prefix}unknown key (value {item['input']!r})")
+        elif item["type"] == "missing":
+            lines.append(f"{prefix}missing")
+        elif item["type"] == "value_error":
+            lines.extend(prefix + line for line in str(item["ctx"]["error"]).splitlines())
+        else:
+            lines.append(f"{prefix}{item['msg']} (value {item['input']!r})")
+    return lines

@@ -1,0 +1,46 @@
+"""Where a number comes from: commit, hardware and library versions."""
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_CHECKOUT = Path(__file__).parent.parent
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_CHECKOUT), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def commit() -> str:
+    """The checkout's commit, "+changes" if tracked files differ; "unknown" without git."""
+    head = _git("rev-parse", "HEAD")
+    if not head:
+        return "unknown"
+    return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Commit, hardware and versions of this process, for a results record."""
+    threads = torch.get_num_threads()
+    on_gpu = torch.device(device).type == "cuda"
+    cpu = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    return {
+        "commit": commit(),
+        "hardware": torch.cuda.get_device_name(device) if on_gpu else cpu,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
