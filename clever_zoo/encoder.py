@@ -163,7 +163,12 @@ class Encoder(nn.Module):
         return spec
 
     @classmethod
-    def _load(cls, spec: ModelSpec, weights: Path) -> Self:
+    def load(cls, spec: ModelSpec, weights: Path) -> Self:
+        """Build an encoder and fill it from a weights file, in float32, strictly.
+
+        Raises:
+            WeightsMismatchError: Listing missing, unexpected and misshapen tensors.
+        """
         encoder = cls(spec)
         expected = encoder.backbone.state_dict()
         stored = load_file(weights)
@@ -206,7 +211,7 @@ def from_pretrained(
         local_files_only=local_files_only,
         token=token,
     )
-    return Encoder._load(spec, weights).to(device).eval()
+    return Encoder.load(spec, weights).to(device).eval()
 
 
 def create_encoder(

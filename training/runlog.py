@@ -14,20 +14,20 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from clever_zoo.files import write_atomic
+
 
 class RunLog:
     """Appends to `path` and shows a bar over all steps; use it as a context manager.
 
-    On resuming at step k, lines of later steps (written after the checkpoint) are dropped, so
-    that every step stands in the log once.
+    On resuming at step k, the lines after it (written after the checkpoint, the last perhaps
+    torn by a kill) are dropped, so that every step stands in the log once.
     """
 
     def __init__(self, path: Path, *, first_step: int, total_steps: int) -> None:
-        kept = []
-        if first_step and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] < first_step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = "".join(f"{line}\n" for line in lines[:first_step])
+        write_atomic(path, kept.encode())
         self._file = path.open("a", encoding="utf-8")
         self._bar = Progress(
             TextColumn("{task.description}"),

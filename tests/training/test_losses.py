@@ -1,0 +1,145 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests import oracles
+from training.heads import DinoHead
+from training.losses import (
+    dino_loss,
+    embedding_orthogonality_loss,
+    head_balance_loss,
+    orthogonality_loss,
+)
+
+SWEEP = [(1, 2, 1, 2), (2, 2, 3, 5), (2, 4, 4, 17), (2, 10, 2, 33), (3, 5, 5, 8)]
+TEMPERATURES = {"teacher_temp": 0.04, "student_temp": 0.1}
+
+
+def logits(rng: np.random.Generator, views: int, batch: int, prototypes: int) -> torch.Tensor:
+    return torch.from_numpy(rng.normal(0, 0.2, (views, batch, prototypes)))
+
+
+@pytest.mark.parametrize(("t", "s", "b", "k"), SWEEP)
+@pytest.mark.parametrize("temperatures", [TEMPERATURES, {"teacher_temp": 0.07, "student_temp": 1}])
+@pytest.mark.parametrize(
+    ("loss", "oracle"),
+    [(dino_loss, oracles.dino_loss), (orthogonality_loss, oracles.orthogonality_loss)],
+)
+def test_matches_the_naive_loops(rng, t, s, b, k, temperatures, loss, oracle) -> None:
+    teacher, student, center = (
+        logits(rng, t, b, k),
+        logits(rng, s, b, k),
+        logits(rng, 1, 1, k)[0, 0],
+    )
+    expected = oracle(teacher.numpy(), student.numpy(), center.numpy(), *temperatures.values())
+    actual = loss(teacher, student, center=center, **temperatures)
+    assert actual.shape == ()
+    assert float(actual) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("t", "s", "b", "k"), SWEEP)
+@pytest.mark.parametrize("reduction", ["mean_abs", "abs_mean", "mean_square"])
+def test_embedding_orthogonality_matches_the_naive_loops(rng, t, s, b, k, reduction) -> None:
+    target, online = logits(rng, t, b, k), logits(rng, s, b, k)
+    actual = embedding_orthogonality_loss(online, target, reduction=reduction)
+    expected = oracles.embedding_orthogonality(target.numpy(), online.numpy(), reduction)
+    assert float(actual) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_embedding_orthogonality_is_the_simsiam_form_for_two_views(rng) -> None:
+    p, z = logits(rng, 2, 6, 9), logits(rng, 2, 6, 9)
+    half = [torch.cosine_similarity(p[i], z[1 - i], dim=1).mean() / 2 for i in range(2)]
+    assert float(embedding_orthogonality_loss(p, z)) == pytest.approx(float(abs(sum(half))))
+
+
+def test_unknown_reduction_is_refused(rng) -> None:
+    x = logits(rng, 2, 2, 3)
+    with pytest.raises(ValueError, match=r"'sum'.*mean_abs"):
+        embedding_orthogonality_loss(x, x, reduction="sum")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("local_views", [0, 8])
+def test_a_view_never_meets_itself(local_views: int) -> None:
+    """Give view 0's teacher a code of its own: only pairs with other students may see it."""
+    views = 2 + local_views
+    teacher = torch.zeros(2, 1, 2 + views, dtype=torch.float64)
+    student = torch.zeros(views, 1, 2 + views, dtype=torch.float64)
+    teacher[0, 0, 0] = teacher[1, 0, 1] = 100.0
+    student[0, 0, 0] = student[1, 0, 1] = 100.0
+    center = torch.zeros(2 + views, dtype=torch.float64)
+    loss = orthogonality_loss(teacher, student, center=center, **TEMPERATURES)
+    uniform = 1 / (2 + views) ** 0.5
+    pairs = 2 * (views - 1)
+    assert pairs == (18 if local_views else 2)
+    assert float(loss) == pytest.approx(2 * local_views * uniform / pairs, abs=1e-9)
+
+
+def test_orthogonality_is_one_for_constant_logits_and_stays_in_range(rng) -> None:
+    constant = torch.ones(2, 3, 7)
+    zero = torch.zeros(7)
+    assert float(
+        orthogonality_loss(constant, constant, center=zero, **TEMPERATURES)
+    ) == pytest.approx(1)
+    for scale in (0.01, 1, 50):
+        x = torch.from_numpy(rng.normal(0, scale, (4, 3, 7))).float()
+        assert 0 <= orthogonality_loss(x[:2], x, center=zero, **TEMPERATURES) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("loss", [dino_loss, orthogonality_loss])
+def test_only_the_student_gets_a_gradient(rng, loss) -> None:
+    teacher, student = logits(rng, 2, 3, 5).requires_grad_(), logits(rng, 4, 3, 5).requires_grad_()
+    loss(teacher, student, center=torch.zeros(5), **TEMPERATURES).backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+    assert student.grad.abs().sum() > 0
+
+
+def test_first_values_at_65536_prototypes() -> None:
+    """Bottlenecks of cosine c: simulated cross-entropy, closed form of the similarity.
+
+    Prototype scores are Gaussian with standard deviation 1/16, which makes the similarity
+    exp(-(a^2 + b^2 - 2abc) / 512) for inverse temperatures a = 25 and b = 10.
+    """
+    torch.manual_seed(0)
+    head = DinoHead(8, prototypes=65536)
+    a, b = torch.linalg.qr(torch.randn(16, 256, 2))[0].unbind(2)
+    for cosine, cross_entropy in [(1.0, 10.32), (0.9, 10.42), (0.5, 10.80), (0.0, 11.28)]:
+        other = cosine * a + (1 - cosine**2) ** 0.5 * b
+        with torch.no_grad():
+            z = head.last_layer(torch.stack([a, other]))
+        arguments = {"center": torch.zeros(65536), **TEMPERATURES}
+        assert float(dino_loss(z[:1], z, **arguments)) == pytest.approx(cross_entropy, abs=0.05)
+        similarity = math.exp(-(25**2 + 10**2 - 2 * 25 * 10 * cosine) / 512)
+        assert float(orthogonality_loss(z[:1], z, **arguments)) == pytest.approx(
+            similarity, abs=0.03
+        )
+
+
+@pytest.mark.parametrize(
+    ("dims", "expected"),
+    [((153, 39), 93), ((307, 77), 188), ((409, 103), 251), ((614, 154), 377), ((1638, 410), 1006)],
+)
+def test_head_balance_at_initialisation(dims, expected) -> None:
+    torch.manual_seed(0)
+    heads = [DinoHead(width) for width in dims]
+    naive = [
+        sum(float((p.detach().double() ** 2).sum()) for p in h.parameters() if p.requires_grad)
+        for h in heads
+    ]
+    loss = head_balance_loss(*heads).item()
+    assert loss == pytest.approx(abs(naive[0] - naive[1]), rel=1e-2)
+    assert loss == pytest.approx(expected, abs=21)
+
+
+def test_head_balance_ignores_frozen_gains_and_is_zero_for_equal_norms() -> None:
+    torch.manual_seed(0)
+    first, second = DinoHead(8, prototypes=16), DinoHead(8, prototypes=16)
+    second.load_state_dict(first.state_dict())
+    assert head_balance_loss(first, second).item() == 0
+    with torch.no_grad():
+        second.last_layer.parametrizations.weight.original0.fill_(5.0)
+    assert head_balance_loss(first, second).item() == 0
+    assert head_balance_loss(nn.Linear(1, 1), nn.Identity()).item() > 0

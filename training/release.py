@@ -1,0 +1,95 @@
+"""Turn a finished, evaluated run into model_cards/NAME, if it passes the release gate.
+
+    python -m training.release runs/clever-resnet18.fmnist
+
+Paste the printed literal into clever_zoo/registry.py, then run `make tables`.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clever_zoo.cards import render_card
+from clever_zoo.cli import fail
+from clever_zoo.encoder import Encoder
+from clever_zoo.errors import CleverZooError, DataError
+from clever_zoo.files import write_atomic
+from clever_zoo.golden import GOLDEN_FILENAME, golden_values
+from clever_zoo.spec import ModelSpec, Provenance
+from training.evaluate.__main__ import load_run
+from training.pretrain import preprocess_spec
+
+MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
+ABOVE_UNTRAINED = 15.0
+ABOVE_PIXELS = 25.0
+
+
+def gate_problems(record: dict[str, Any]) -> list[str]:
+    """What keeps a run from being released: rotated k-NN (CJ+R) of the invariant half."""
+    columns = record["columns"]
+    ours = columns[record["model"]]["knn"]["cj_r"]["invariant"]["mean"]
+    untrained = columns["untrained"]["knn"]["cj_r"]["invariant"]["mean"]
+    pixels = columns["pixels"]["knn"]["cj_r"]["full"]["mean"]
+    floors = {
+        f"{ABOVE_UNTRAINED} above the untrained network's {untrained}": untrained + ABOVE_UNTRAINED,
+        f"{ABOVE_PIXELS} above raw pixels' {pixels}": pixels + ABOVE_PIXELS,
+    }
+    return [f"{ours} is not {text}" for text, floor in floors.items() if ours < floor]
+
+
+def release(run: Path, record: dict[str, Any], folder: Path) -> ModelSpec:
+    """Write the model folder; returns the spec for the registry.
+
+    Raises:
+        DataError: If the run is unfinished or does not pass the gate.
+    """
+    problems = gate_problems(record)
+    recipe, teacher, training = load_run(run)
+    if not training["finished"]:
+        problems.append(f"the run stopped after {training['steps']} steps")
+    if problems:
+        raise DataError(f"{recipe.name} is not released: {'; '.join(problems)}")
+    spec = ModelSpec(
+        name=recipe.name,
+        backbone=recipe.backbone.name,
+        invariant_dim=recipe.invariant_dim,
+        preprocess=preprocess_spec(recipe),
+        model_args=recipe.backbone.model_args,
+        provenance=Provenance(
+            recipe=recipe.name, commit=training["commit"], dataset=recipe.data.dataset
+        ),
+    )
+    saved = Encoder(spec, teacher).save_pretrained(folder, dtype="float16")
+    golden = golden_values(Encoder.load(saved, folder / saved.weights.filename).eval())
+    files = {
+        GOLDEN_FILENAME: json.dumps(golden, indent=2) + "\n",
+        "results.json": json.dumps(record, indent=2) + "\n",
+        "README.md": render_card(saved, record),
+    }
+    for name, content in files.items():
+        write_atomic(folder / name, content.encode())
+    return saved
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    results: Annotated[
+        Path | None, typer.Option(help="Record from training.evaluate [RUN/results.json].")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Target [model_cards/NAME].")
+    ] = None,
+) -> None:
+    """Write a model folder from a finished run, if it passes the release gate."""
+    try:
+        record = json.loads((results or run / "results.json").read_text(encoding="utf-8"))
+        spec = release(run, record, output or MODEL_CARDS / record["model"])
+    except CleverZooError as error:
+        fail(error)
+    typer.echo(repr(spec))
+
+
+if __name__ == "__main__":
+    typer.run(main)
