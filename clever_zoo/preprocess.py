@@ -107,9 +107,15 @@ def crop_pixels(image: Image.Image, resize_px: int, size_px: int) -> NDArray[np.
         if resized != list(sides):
             image = image.resize((resized[0], resized[1]), Image.Resampling.BICUBIC)
         return np.asarray(image.crop(square), dtype=np.uint8)
-    box = [min(edge * sides[i % 2] / resized[i % 2], sides[i % 2]) for i, edge in enumerate(square)]
-    size = (size_px, size_px)
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=tuple(box)), dtype=np.uint8)
+    scale = [side / new for side, new in zip(sides, resized, strict=True)]
+    box = (
+        square[0] * scale[0],
+        square[1] * scale[1],
+        min(square[2] * scale[0], sides[0]),
+        min(square[3] * scale[1], sides[1]),
+    )
+    image = image.resize((size_px, size_px), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(image, dtype=np.uint8)
 
 
 def image_pixels(source: ImageInput, spec: PreprocessSpec, index: int = 0) -> NDArray[np.uint8]:
