@@ -28,7 +28,7 @@ from clever_zoo.samples import sample_class, sample_paths
 
 Vectors = NDArray[np.float32]
 
-NEIGHBORS = 6
+NEIGHBORS = 5
 QUERIES = 12
 CURVE_ANGLES = range(-180, 181, 15)
 CURVE_PICTURES = 60
@@ -76,24 +76,35 @@ def same_class_share(ranks: NDArray[np.int64], classes: NDArray[np.str_]) -> flo
     return float((classes[ranks[:, 0]] == classes).mean() * 100)
 
 
-def similarity_curves(encoder: Encoder, paths: list[Path]) -> dict[str, Vectors]:
-    """Cosine of each half between a picture and its rotation, (angles, pictures)."""
+def similarity_curves(
+    encoder: Encoder, paths: list[Path]
+) -> tuple[dict[str, Vectors], dict[str, float]]:
+    """Cosine of each half between a picture and its rotation, (angles, pictures).
+
+    Also the mean cosine of two different upright pictures, to read the curves against.
+    """
     images = [Image.open(p).convert("RGB") for p in paths]
     original = encoder.embed(images).normalized()
+    count = len(images)
+    others = {
+        name: float(((half @ half.T).sum() - count) / (count * (count - 1)))
+        for name, half in original._asdict().items()
+    }
     curves: dict[str, list[Vectors]] = {name: [] for name in original._fields}
     for angle in CURVE_ANGLES:
         turned = encoder.embed([image.rotate(angle) for image in images]).normalized()
         for name, half in turned._asdict().items():
             curves[name].append((half * getattr(original, name)).sum(1))
-    return {name: np.stack(rows) for name, rows in curves.items()}
+    return {name: np.stack(rows) for name, rows in curves.items()}, others
 
 
-def draw_curves(curves: dict[str, Vectors]) -> Figure:
-    """Mean and middle half of the pictures, per angle and half."""
+def draw_curves(curves: dict[str, Vectors], others: dict[str, float]) -> Figure:
+    """Mean and middle half of the pictures, per angle and half; dashed: different pictures."""
     figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     for name, values in curves.items():
         low, high = np.percentile(values, [25, 75], axis=1)
-        axes.plot(CURVE_ANGLES, values.mean(1), marker="o", markersize=3, label=name)
+        (line,) = axes.plot(CURVE_ANGLES, values.mean(1), marker="o", markersize=3, label=name)
+        axes.axhline(others[name], linestyle="--", color=line.get_color())
         axes.fill_between(CURVE_ANGLES, low, high, alpha=0.2)
     axes.axvspan(-90, 90, color="0.94", zorder=-1, label="angles of the training views")
     axes.set(xlabel="rotation (degrees)", ylabel="cosine to the upright picture")
@@ -208,7 +219,7 @@ def run_demo(out: Path, model: str) -> list[str]:
     rankings = {name: rank_neighbors(v[count:], v[:count]) for name, v in vectors.items()}
     classes = np.array([sample_class(path) for path in originals])
     shares = {name: same_class_share(ranks, classes) for name, ranks in rankings.items()}
-    curves = similarity_curves(encoder, originals[:: count // CURVE_PICTURES])
+    curves, others = similarity_curves(encoder, originals[:: count // CURVE_PICTURES])
     at_90 = {name: float(v[list(CURVE_ANGLES).index(90)].mean()) for name, v in curves.items()}
     best = max(shares, key=lambda name: shares[name])
     headlines = [
@@ -218,7 +229,10 @@ def run_demo(out: Path, model: str) -> list[str]:
         + ", ".join(f"{name} {share:.0f} %" for name, share in shares.items())
         + f" (best: {best})",
         "cosine to the upright picture after a turn of 90°: "
-        + ", ".join(f"{name} half {value:.2f}" for name, value in at_90.items()),
+        + ", ".join(
+            f"{name} half {value:.3f} (two different pictures: {others[name]:.3f})"
+            for name, value in at_90.items()
+        ),
     ]
     page = _PAGE.format(
         count=2 * count,
@@ -227,7 +241,8 @@ def run_demo(out: Path, model: str) -> list[str]:
         headlines="".join(f"<li>{html.escape(line)}</li>" for line in headlines),
         neighbors=neighbor_rows(queries, originals, rankings),
         curves=_figure_tag(
-            draw_curves(curves), f"Mean and middle half of {CURVE_PICTURES} pictures."
+            draw_curves(curves, others),
+            f"Mean and middle half of {CURVE_PICTURES} pictures; dashed: two different pictures.",
         ),
         projection=_figure_tag(
             draw_projection(

@@ -106,7 +106,7 @@ def crop_pixels(image: Image.Image, resize_px: int, size_px: int) -> NDArray[np.
     if resized[0] * resized[1] <= _MAX_RESIZED_PIXELS:
         if resized != list(sides):
             image = image.resize((resized[0], resized[1]), Image.Resampling.BICUBIC)
-        return np.asarray(image.crop(square), dtype=np.uint8)
+        return np.array(image.crop(square))
     scale = [side / new for side, new in zip(sides, resized, strict=True)]
     box = (
         square[0] * scale[0],
@@ -115,7 +115,7 @@ def crop_pixels(image: Image.Image, resize_px: int, size_px: int) -> NDArray[np.
         min(square[3] * scale[1], sides[1]),
     )
     image = image.resize((size_px, size_px), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(image, dtype=np.uint8)
+    return np.array(image)
 
 
 def image_pixels(source: ImageInput, spec: PreprocessSpec, index: int = 0) -> NDArray[np.uint8]:

@@ -7,9 +7,25 @@ from pathlib import Path
 
 from clever_zoo.backbones import BACKBONES, backbone_info
 from clever_zoo.errors import UnknownModelError
-from clever_zoo.spec import ModelSpec
+from clever_zoo.spec import ModelSpec, PreprocessSpec, Provenance, WeightFile
 
-RELEASED: tuple[ModelSpec, ...] = ()
+RELEASED: tuple[ModelSpec, ...] = (
+    ModelSpec(
+        name="clever-resnet18.fmnist",
+        backbone="resnet18",
+        invariant_dim=409,
+        preprocess=PreprocessSpec(input_size_px=32, crop_pct=1.0),
+        weights=WeightFile(
+            sha256="5b2f013ad773c6bdfbe2695e51029560d77bf0316a257a3086f9dac395845968",
+            size_bytes=22_421_088,
+        ),
+        provenance=Provenance(
+            recipe="clever-resnet18.fmnist",
+            commit="a78eeb47a993b8c29600fad53e9a7cc1531abf35",
+            dataset="fashion-mnist",
+        ),
+    ),
+)
 
 # The released weights that a name without a tag stands for.
 DEFAULT_TAGS = {"clever-resnet18": "fmnist"}

@@ -84,7 +84,10 @@ def main(
 ) -> None:
     """Write a model folder from a finished run, if it passes the release gate."""
     try:
-        record = json.loads((results or run / "results.json").read_text(encoding="utf-8"))
+        results = results or run / "results.json"
+        if not results.is_file():
+            raise DataError(f"{results} does not exist; write it with python -m training.evaluate")
+        record = json.loads(results.read_text(encoding="utf-8"))
         spec = release(run, record, output or MODEL_CARDS / record["model"])
     except CleverZooError as error:
         fail(error)

@@ -51,7 +51,7 @@ def evaluation_pixels(data: ImageSet, spec: PreprocessSpec) -> Tensor:
     for i, image in enumerate(track(data.images, description="resize", transient=True)):
         array = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
         square = crop_pixels(Image.fromarray(array), spec.resize_px, size)
-        pixels[i] = torch.from_numpy(square.copy()).permute(2, 0, 1)
+        pixels[i] = torch.from_numpy(square).permute(2, 0, 1)
     return pixels
 
 

@@ -1,0 +1,178 @@
+"""What ships: the released models, the wheel, torch.hub, the demo, and texts made from records."""
+
+import json
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import clever_zoo
+from clever_zoo.backbones import BACKBONES
+from clever_zoo.demo import run_demo
+from clever_zoo.embedding import split_features
+from clever_zoo.errors import UnknownModelError
+from clever_zoo.golden import check_golden
+from clever_zoo.registry import DEFAULT_TAGS
+from clever_zoo.samples import sample_paths
+from clever_zoo.spec import ModelSpec
+from training.config import load_recipe
+from training.networks import build_student
+from training.pretrain import preprocess_spec
+from training.release import gate_problems
+from training.tables import rendered_files
+
+ROOT = Path(__file__).parents[2]
+RELEASED = clever_zoo.list_models()
+
+
+def test_the_first_model_is_there() -> None:
+    assert "clever-resnet18.fmnist" in RELEASED
+    assert clever_zoo.model_info("clever-resnet18").name == "clever-resnet18.fmnist"
+    assert clever_zoo.list_models("clever-*", backbone="resnet50") == ()
+    assert {f"{name}.{tag}" for name, tag in DEFAULT_TAGS.items()} <= set(RELEASED)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_registry_config_recipe_and_record_agree(name: str) -> None:
+    spec, folder = clever_zoo.model_info(name), ROOT / "model_cards" / name
+    assert ModelSpec.read(folder / "config.json") == spec
+    record = json.loads((folder / "results.json").read_text())
+    recipe = load_recipe(name)
+    assert spec.preprocess == preprocess_spec(recipe)
+    assert spec.invariant_dim == recipe.invariant_dim == record["invariant_dim"]
+    assert spec.model_args == recipe.backbone.model_args
+    training = record["columns"][name]["training"]
+    assert training["commit"] == spec.provenance.commit
+    assert training["epochs"] == recipe.epochs
+    assert training["seed"] == recipe.seed
+    baseline = record["columns"][name.replace("clever-", "dino-")]["training"]
+    for key in ("seed", "epochs", "steps", "images_seen", "finished"):
+        assert baseline[key] == training[key]
+    assert gate_problems(record) == []
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_golden_values_and_both_doors(name: str) -> None:
+    assert check_golden(name) < 1e-4
+    folder = ROOT / "model_cards" / name
+    encoder = clever_zoo.from_pretrained(name)
+    pixels = encoder.preprocess(sample_paths()[::20])
+    from transformers import AutoModel
+
+    with torch.no_grad():
+        ours = encoder(pixels).full
+        assert torch.equal(
+            ours, timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(pixels)
+        )
+        assert torch.equal(ours, AutoModel.from_pretrained(folder).eval()(pixels).pooler_output)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_weights_are_no_random_ones(name: str) -> None:
+    """Rotated copies find their originals far more often than with the untrained network."""
+    encoder = clever_zoo.from_pretrained(name)
+    spec = encoder.spec
+    untrained = clever_zoo.Encoder(
+        spec, build_student(load_recipe(name).backbone, load_recipe(name).seed)
+    )
+    from PIL import Image
+
+    images = [Image.open(path).convert("RGB") for path in sample_paths()[::5]]
+    turned = [image.rotate(70) for image in images]
+    found = []
+    for network in (encoder, untrained):
+        gallery, queries = (network.embed(x).normalized().invariant for x in (images, turned))
+        nearest = (queries @ gallery.T).argmax(1)
+        found.append(float((nearest == np.arange(len(images))).mean()))
+    assert found[0] >= found[1] + 0.2
+
+
+def test_texts_are_those_of_the_records() -> None:
+    """`make tables` would change nothing."""
+    for path, content in rendered_files().items():
+        assert path.read_text(encoding="utf-8") == content, f"run `make tables`: {path} is stale"
+
+
+def test_torch_hub() -> None:
+    encoder = torch.hub.load(str(ROOT), "clever_resnet18", source="local")
+    assert encoder.spec.name == "clever-resnet18.fmnist"
+    assert not encoder.training
+    for backbone in BACKBONES:
+        entry = f"clever_{backbone}"
+        assert torch.hub.help(str(ROOT), entry, source="local")
+        fresh = torch.hub.load(str(ROOT), entry, source="local", pretrained=False)
+        assert fresh.spec.backbone == backbone
+    with pytest.raises(UnknownModelError, match=r"recipes/clever-vit-tiny\.fmnist\.toml"):
+        torch.hub.load(str(ROOT), "clever_vit_tiny", source="local")
+
+
+def test_the_demo_runs_on_the_released_weights(tmp_path: Path) -> None:
+    headlines = run_demo(tmp_path, "clever-resnet18")
+    assert len(headlines) == 3
+    assert "600 pictures" in headlines[0]
+    report = (tmp_path / "report.html").read_text()
+    assert report.count("<img") >= 12 * 16
+    assert "http" not in report.replace("http-equiv", "")
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(tmp_path / "embeddings.parquet")
+    assert table.num_rows == 600
+    assert table.schema.metadata[b"model"] == b"clever-resnet18.fmnist"
+
+
+WHEEL_SCRIPT = """
+import socket, sys
+def refuse(*arguments): raise OSError("network blocked")
+socket.socket.connect = socket.getaddrinfo = refuse
+import numpy as np, clever_zoo
+assert clever_zoo.__file__.startswith(sys.prefix), clever_zoo.__file__
+encoder = clever_zoo.from_pretrained("clever-resnet18")
+from clever_zoo.samples import sample_paths
+embedding = encoder.embed(sample_paths()[:1])
+np.savez(sys.argv[1], **embedding._asdict())
+"""
+
+
+def test_an_installed_wheel_embeds_without_network_or_checkout(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.split("/")[0] for name in archive.namelist()}
+        assert {t for t in tops if not t.endswith(".dist-info")} == {"clever_zoo"}
+        environment = tmp_path / "env"
+        venv.create(environment, with_pip=False)
+        (site,) = environment.glob("lib/python*/site-packages")
+        archive.extractall(site)
+    # The dependencies of this environment, without its editable install of the checkout.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    out = tmp_path / "embedding.npz"
+    run = [str(environment / "bin/python"), "-c", WHEEL_SCRIPT, str(out)]
+    subprocess.run(run, cwd=tmp_path, check=True, capture_output=True)
+    expected = clever_zoo.from_pretrained("clever-resnet18").embed(sample_paths()[:1])
+    with np.load(out) as content:
+        for name, width in (("invariant", 409), ("equivariant", 103)):
+            assert content[name].shape == (1, width)
+            assert content[name].dtype == np.float32
+            assert np.isfinite(content[name]).all()
+            np.testing.assert_array_equal(content[name], getattr(expected, name))
+
+
+def test_clever_zoo_never_imports_training() -> None:
+    for path in (ROOT / "clever_zoo").rglob("*.py"):
+        text = path.read_text()
+        assert "import training" not in text, path
+        assert "from training" not in text, path
+
+
+def test_the_split_of_the_full_features_is_the_specs() -> None:
+    spec = clever_zoo.model_info("clever-resnet18")
+    halves = split_features(np.zeros((1, spec.feature_dim)), spec.invariant_dim)
+    assert [h.shape[1] for h in halves] == [409, 103]
