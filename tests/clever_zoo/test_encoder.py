@@ -365,7 +365,7 @@ def test_public_names_resolve() -> None:
         clever_zoo.nothing  # noqa: B018
 
 
-def test_import_is_light() -> None:
+def test_import_is_light(capsys) -> None:
     """Nothing heavy and no network library; the time is printed for people."""
     code = (
         "import sys, time; t = time.perf_counter(); import clever_zoo; clever_zoo.list_models(); "
@@ -373,7 +373,8 @@ def test_import_is_light() -> None:
         "& set(sys.modules); print(f'{time.perf_counter() - t:.2f} s', heavy or '')"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    print("import clever_zoo and list_models:", run.stdout.strip())
+    with capsys.disabled():
+        print(" [import clever_zoo, list_models:", run.stdout.strip(), end="] ")
     assert "{" not in run.stdout
 
 
