@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clever_zoo.cli import fail
-from clever_zoo.errors import CleverZooError, DataError, NonFiniteError
+from clever_zoo.errors import CheckpointError, CleverZooError, DataError, NonFiniteError
 from clever_zoo.files import write_atomic
 from clever_zoo.spec import PreprocessSpec
 from training import ema
@@ -102,6 +102,14 @@ def clean_gradients(student: nn.Module, method: nn.Module, recipe: Recipe, epoch
                 nn.utils.clip_grad_norm_([parameter], recipe.optimizer.clip_norm)
 
 
+def record_environment(path: Path, device: str) -> None:
+    """Keep a list of every environment that a run was trained under, the first one first."""
+    seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    current = environment(device)
+    if current not in seen:
+        write_atomic(path, json.dumps([*seen, current], indent=2).encode())
+
+
 def train(
     recipe: Recipe,
     data: ImageSet,
@@ -117,14 +125,15 @@ def train(
     Args:
         data: The training images.
         out: Folder of checkpoint and log; a checkpoint in it is continued.
-        time_limit_s: Stop with a checkpoint after this many seconds.
+        time_limit_s: Stop with a checkpoint after this many seconds of this call.
         stop_at_step: Stop with a checkpoint before this step.
 
     Returns:
         The progress: `step` (the next one), `steps` in all, `seconds` spent.
 
     Raises:
-        CheckpointError: If `out` holds another recipe's checkpoint.
+        DataError: If `data` does not fill a batch.
+        CheckpointError: If `out` holds a checkpoint of another recipe or of other data.
         NonFiniteError: If a loss term breaks.
     """
     student = build_student(recipe.backbone, recipe.seed)
@@ -142,10 +151,16 @@ def train(
     total = steps_per_epoch * recipe.epochs
     end = total if stop_at_step is None else min(stop_at_step, total)
     progress: dict[str, Any] = {"step": 0, "steps": total, "seconds": 0.0}
-    write_atomic(out / ENVIRONMENT, json.dumps(environment(device), indent=2).encode())
     if (out / CHECKPOINT).exists():
         progress = load_checkpoint(out / CHECKPOINT, modules, optimizer, recipe)
-    started = saved = time.monotonic() - progress["seconds"]
+    if progress["steps"] != total:
+        raise CheckpointError(
+            f"{out / CHECKPOINT} belongs to a run of {progress['steps']} steps, these "
+            f"{len(data)} images make {total}; continue with the same data"
+        )
+    record_environment(out / ENVIRONMENT, device)
+    started = saved = time.monotonic()
+    earlier_s = progress["seconds"]
 
     with RunLog(out / "log.jsonl", first_step=progress["step"], total_steps=total) as log:
         while progress["step"] < end and time.monotonic() - started < time_limit_s:
@@ -170,7 +185,7 @@ def train(
             method.follow(momentum)
 
             now = time.monotonic()
-            progress = {"step": step + 1, "steps": total, "seconds": now - started}
+            progress = {"step": step + 1, "steps": total, "seconds": earlier_s + now - started}
             rates = {k: optimizer.param_groups[0][k] for k in ("lr", "weight_decay")}
             values = {name: term.item() for name, term in terms.items()}
             log.step(

@@ -138,6 +138,18 @@ def test_the_time_limit_leaves_a_checkpoint(tmp_path: Path, data: ImageSet) -> N
     progress = pretrain.train(recipe(), data, tmp_path, time_limit_s=1e-9)
     assert progress["step"] == 0
     assert (tmp_path / pretrain.CHECKPOINT).exists()
+    pretrain.train(recipe(), data, tmp_path, stop_at_step=2)
+    spent = log_lines(tmp_path)[-1]["seconds"]
+    progress = pretrain.train(recipe(), data, tmp_path, time_limit_s=spent / 2 + 5, stop_at_step=3)
+    assert progress["step"] == 3
+    assert progress["seconds"] > spent
+
+
+def test_other_data_is_refused(tmp_path: Path, data: ImageSet) -> None:
+    pretrain.train(recipe(), data, tmp_path, stop_at_step=1)
+    fewer = ImageSet(data.images[:16], data.labels[:16], data.class_names)
+    with pytest.raises(CheckpointError, match="a run of 8 steps, these 16 images make 4"):
+        pretrain.train(recipe(), fewer, tmp_path)
 
 
 def test_too_little_data_is_a_data_error(tmp_path: Path, data: ImageSet) -> None:
@@ -352,7 +364,6 @@ def test_command_line(tmp_path: Path, fashion_mnist_folder: Path) -> None:
     finished = runner.invoke(app, [*arguments, *out])
     assert finished.exit_code == 0, finished.output
     assert "8 of 8 steps" in finished.output
-    assert {"commit", "hardware", "torch"} <= json.loads(
-        (tmp_path / "run/environment.json").read_text()
-    ).keys()
+    (environment,) = json.loads((tmp_path / "run/environment.json").read_text())
+    assert {"commit", "hardware", "torch"} <= environment.keys()
     assert runner.invoke(app, ["no-such-recipe"]).exit_code == 2

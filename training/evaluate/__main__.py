@@ -36,7 +36,7 @@ def load_run(folder: Path) -> tuple[Recipe, nn.Module, dict[str, Any]]:
     recipe, tensors, progress = load_recipe_and_teacher(folder / CHECKPOINT)
     teacher = build_student(recipe.backbone, recipe.seed)
     teacher.load_state_dict(tensors)
-    facts = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    first, *later = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
     images = progress["step"] * recipe.batch_size
     return recipe, teacher, {
         "recipe": recipe.name,
@@ -47,7 +47,8 @@ def load_run(folder: Path) -> tuple[Recipe, nn.Module, dict[str, Any]]:
         "images_seen": images,
         "seconds": round(progress["seconds"]),
         "images_per_s": round(images / max(progress["seconds"], 1e-9), 1),
-        **facts,
+        **first,
+        **({"continued_under": later} if later else {}),
     }  # fmt: skip
 
 
