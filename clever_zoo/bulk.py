@@ -95,11 +95,13 @@ def embed_files(
 
     Raises:
         ImageError: With on_error="raise".
-        DataError: If `out` has another suffix.
+        DataError: If `out` has another suffix or is a folder.
         BackendMissingError: If pyarrow is missing for Parquet.
     """
     if out.suffix not in _WRITERS:
         raise DataError(f"{out} must end in {' or '.join(_WRITERS)}")
+    if out.is_dir():
+        raise DataError(f"{out} is a folder; name a file in it")
     errors_path = out.with_suffix(".errors.jsonl")
     errors: list[ImageError] = []
     written = done = 0
@@ -109,6 +111,7 @@ def embed_files(
             for path in batch:
                 done += 1
                 try:
+                    _check_name(path, done - 1)
                     pixels.append(image_pixels(path, encoder.spec.preprocess, done - 1))
                     good.append(str(path))
                 except ImageError as error:
@@ -126,6 +129,13 @@ def embed_files(
     lines = [json.dumps({"path": e.source, "reason": e.reason}) for e in errors]
     write_atomic(errors_path, "".join(f"{line}\n" for line in lines).encode())
     return BulkReport(written, errors, errors_path)
+
+
+def _check_name(path: Path, index: int) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ImageError(str(path), index, "the file name is not valid UTF-8; rename it") from error
 
 
 def _batched(paths: Iterable[Path], size: int) -> Iterator[list[Path]]:

@@ -13,7 +13,7 @@ _METRICS = {
     "cj_r": "k-NN, CJ+R (%)",
     "angle_r2": "angle R²",
 }
-_DATASETS = {
+DATASETS = {
     "fashion-mnist": (
         "Fashion-MNIST: 60,000 grey product photographs of 28x28 pixels in ten classes (MIT)",
         "small grey pictures of single objects on black, like its training data: retrieval and "
@@ -84,7 +84,7 @@ def render_card(spec: ModelSpec, record: Record) -> str:
         spec: Of the released weights, with provenance.
         record: Its results.json.
     """
-    data, good_for, not_for = _DATASETS[record["dataset"]]
+    data, good_for, not_for = DATASETS[record["dataset"]]
     p = spec.preprocess
     evaluation = record["evaluation"]
     protocols = [f"- {name}: {text}." for name, text in record["protocols"].items()]

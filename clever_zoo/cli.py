@@ -41,7 +41,7 @@ class OnErrorChoice(StrEnum):
     raise_ = "raise"
 
 
-def fail(error: CleverZooError) -> NoReturn:
+def fail(error: CleverZooError | OSError) -> NoReturn:
     """Print an error as one message and end with exit code 2."""
     _err.print(f"[red]error:[/red] {type(error).__name__}: ", end="")
     _err.print(str(error), markup=False, highlight=False, soft_wrap=True)
@@ -119,17 +119,19 @@ def embed(
                 on_error=on_error.value,
                 on_progress=lambda done: bar.update(task, completed=done),
             )
-    except CleverZooError as error:
+    except (CleverZooError, OSError) as error:
         fail(error)
-    _out.print(f"{report.written} images embedded with {encoder.spec.name} -> {output}")
+    typer.echo(f"{report.written} images embedded with {encoder.spec.name} -> {output}")
     if report.errors:
-        _err.print(f"{len(report.errors)} unreadable files listed in {report.errors_path}")
+        typer.echo(
+            f"{len(report.errors)} unreadable files listed in {report.errors_path}", err=True
+        )
         raise typer.Exit(1)
 
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(help="As for --model of embed.")],
+    model: Annotated[str, typer.Argument(help="A released name or local-dir:PATH.")],
 ) -> None:
     """Check a model's size and digest, and its first values against golden.json.
 
@@ -139,9 +141,9 @@ def verify(
         from clever_zoo.golden import check_golden
 
         difference = check_golden(model)
-    except CleverZooError as error:
+    except (CleverZooError, OSError) as error:
         fail(error)
-    _out.print(f"{model}: digest as recorded, golden values within {difference:.1e}")
+    typer.echo(f"{model}: digest as recorded, golden values within {difference:.1e}")
 
 
 def main() -> None:

@@ -34,7 +34,8 @@ class Embedding(NamedTuple, Generic[Array]):
 
 
 def _unit_rows(x):  # type: ignore[no-untyped-def]
-    return x / ((x * x).sum(-1, keepdims=True) ** 0.5).clip(min=1e-12)
+    # Clipped under the root, where a zero row still has a gradient.
+    return x / (x * x).sum(-1, keepdims=True).clip(min=1e-24) ** 0.5
 
 
 def split_features(features: Array, invariant_dim: int) -> Embedding[Array]:

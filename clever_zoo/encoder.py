@@ -13,7 +13,13 @@ from PIL import Image
 
 from clever_zoo.backbones import backbone_info, build_backbone
 from clever_zoo.embedding import Embedding, split_features
-from clever_zoo.errors import BackendMissingError, ShapeError, WeightsMismatchError
+from clever_zoo.errors import (
+    BackendMissingError,
+    IntegrityError,
+    NonFiniteError,
+    ShapeError,
+    WeightsMismatchError,
+)
 from clever_zoo.files import locate_model, write_atomic
 from clever_zoo.preprocess import (
     ImageInput,
@@ -26,6 +32,7 @@ from clever_zoo.spec import CONFIG_FILENAME, ModelSpec, PreprocessSpec, WeightFi
 
 try:
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save
     from torch import Tensor, nn
 except ImportError as error:
@@ -51,7 +58,9 @@ class Encoder(nn.Module):
     def __init__(self, spec: ModelSpec, backbone: nn.Module | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self.backbone = backbone or build_backbone(spec.backbone, **spec.model_args)
+        self.backbone = (
+            build_backbone(spec.backbone, **spec.model_args) if backbone is None else backbone
+        )
 
     def forward(self, pixels: Tensor) -> Embedding[Tensor]:
         """Embed normalised pixels, differentiably.
@@ -118,7 +127,11 @@ class Encoder(nn.Module):
     def embed_batches(
         self, images: Iterable[ImageInput], *, batch_size: int = 32
     ) -> Iterator[Embedding[NDArray[np.float32]]]:
-        """Like `embed`, but yields batch after batch in constant memory."""
+        """Like `embed`, but yields batch after batch in constant memory.
+
+        Raises:
+            ImageError: For the first bad image, with its source and index.
+        """
         for pixels in pixel_batches(images, self.spec.preprocess, batch_size):
             yield self.embed_pixels(pixels)
 
@@ -147,6 +160,9 @@ class Encoder(nn.Module):
 
         Returns:
             The spec with the size and digest of the written file.
+
+        Raises:
+            NonFiniteError: If a value does not fit the storage type.
         """
         keep = set() if dtype == "float32" else _norm_keys(self.backbone)
         tensors = {
@@ -155,6 +171,12 @@ class Encoder(nn.Module):
             else value.detach().cpu().to(getattr(torch, dtype)).contiguous()
             for key, value in self.backbone.state_dict().items()
         }
+        for key, value in tensors.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise NonFiniteError(
+                    f"{key} holds values that are not finite in {dtype}; save as float32 or "
+                    "look for a broken training step"
+                )
         content = save(tensors, metadata={"format": "pt"})
         spec = self.spec.model_copy(update={"weights": WeightFile.of(content)})
         config = json.dumps(spec.to_config(), indent=2) + "\n"
@@ -171,7 +193,10 @@ class Encoder(nn.Module):
         """
         encoder = cls(spec)
         expected = encoder.backbone.state_dict()
-        stored = load_file(weights)
+        try:
+            stored = load_file(weights)
+        except SafetensorError as error:
+            raise IntegrityError(f"{weights} is no safetensors file: {error}") from error
         _check_tensors(
             {k: tuple(v.shape) for k, v in expected.items()},
             {k: tuple(v.shape) for k, v in stored.items()},
@@ -203,7 +228,9 @@ def from_pretrained(
         UnknownModelError: For a name without released weights.
         SourceError, SpecError, DownloadError: If the model cannot be found or described.
         IntegrityError, WeightsMismatchError: If its weights are not the recorded ones.
+        BackendMissingError: If `device` cannot be used here.
     """
+    target = usable_device(device)
     spec, weights = locate_model(
         source,
         revision=revision,
@@ -211,7 +238,22 @@ def from_pretrained(
         local_files_only=local_files_only,
         token=token,
     )
-    return Encoder.load(spec, weights).to(device).eval()
+    return Encoder.load(spec, weights).to(target).eval()
+
+
+def usable_device(name: str) -> torch.device:
+    """The torch device of that name.
+
+    Raises:
+        BackendMissingError: If there is none, or no tensor can be put on it here.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BackendMissingError(
+            f"device {name!r} cannot be used ({reason}); use 'cpu'"
+        ) from error
 
 
 def create_encoder(
@@ -226,16 +268,17 @@ def create_encoder(
 
     Raises:
         UnknownModelError: For an unknown backbone.
-        SpecError: If `invariant_dim` does not fit.
+        SpecError: If `invariant_dim` or an argument does not fit.
     """
     info = backbone_info(backbone)
     size = backbone_kwargs.get("img_size", PreprocessSpec().input_size_px)
+    default_cut = int(0.8 * info.feature_dim)
     return Encoder(
         ModelSpec.create(
             name=backbone,
             backbone=backbone,
-            invariant_dim=int(0.8 * info.feature_dim) if invariant_dim is None else invariant_dim,
-            preprocess=PreprocessSpec(input_size_px=size),
+            invariant_dim=default_cut if invariant_dim is None else invariant_dim,
+            preprocess={"input_size_px": size},
             model_args=backbone_kwargs,
         )
     )

@@ -177,7 +177,11 @@ def _hub_file(
     token: str | bool | None,
 ) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         path = hf_hub_download(
@@ -188,6 +192,8 @@ def _hub_file(
             local_files_only=local_files_only,
             token=token,
         )
+    except HFValidationError as error:
+        raise SourceError(f"{repo_id!r} is no valid name of a Hub repository: {error}") from error
     except LocalEntryNotFoundError as error:
         raise DownloadError(
             f"{filename} of {repo_id!r} is not in the Hub cache and could not be fetched "

@@ -44,20 +44,31 @@ def check_golden(source: str | Path) -> float:
         The greatest difference of a value, relative to the norm of its half.
 
     Raises:
-        IntegrityError: If golden.json is missing or a value is off by more than 1e-4.
+        IntegrityError: If golden.json is missing or malformed, or a value is off by more than
+            1e-4 of its half's norm.
     """
     encoder = from_pretrained(source)
     path = locate_model(source)[1].parent / GOLDEN_FILENAME
     if not path.is_file():
         raise IntegrityError(f"{path} does not exist, so the values cannot be checked")
-    expected, actual = json.loads(path.read_text()), golden_values(encoder)
-    worst = 0.0
-    for name, norm in expected["norms"].items():
-        values = np.array([actual["norms"][name], *actual[name]])
-        recorded = np.array([norm, *expected[name]])
-        worst = max(worst, float(np.abs(values - recorded).max()) / max(norm, 1e-12))
-    if worst > TOLERANCE:
+    try:
+        recorded = _flat(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"{path} holds no golden values ({error!r})") from error
+    actual = _flat(golden_values(encoder))
+    scale = {name: max(values[0], 1e-12) for name, values in actual.items()}
+    # np.max, because Python's max can lose a NaN.
+    worst = float(np.max([np.abs(recorded[k] - actual[k]).max() / scale[k] for k in actual]))
+    if not worst <= TOLERANCE:
         raise IntegrityError(
             f"{path}: embeddings differ by {worst:.1e} of their norm, allowed {TOLERANCE:.0e}"
         )
     return worst
+
+
+def _flat(golden: dict[str, Any]) -> dict[str, NDArray[np.float64]]:
+    """Each half's norm and first values in one array."""
+    return {
+        name: np.array([golden["norms"][name], *golden[name]], dtype=float)
+        for name in Embedding._fields
+    }

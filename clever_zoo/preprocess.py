@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from clever_zoo.errors import ImageError
+from clever_zoo.errors import ImageError, ShapeError
 from clever_zoo.spec import PreprocessSpec
 
 ImageInput = str | Path | Image.Image | NDArray[np.uint8]
@@ -97,7 +97,8 @@ def crop_pixels(image: Image.Image, resize_px: int, size_px: int) -> NDArray[np.
 
     Source: the numbers of timm's evaluation transform. It resizes the whole image first, and so
     does this: resizing the square alone is faster, but Pillow then rounds in another order and
-    ends up to 2 of 255 away. Only strips of more than 1000 to 1 are cut first, to bound memory.
+    ends up to 2 of 255 away. Only strips whose resized form would take over 64 million pixels
+    (1000 to 1 at 256) are cut first, to bound memory; there the numbers are close, not equal.
     """
     sides = image.size
     resized = [int(resize_px * side / min(sides)) for side in sides]
@@ -142,7 +143,10 @@ def pixel_batches(
     Raises:
         ImageError: For a bad image, with its position in `images`; or if `images` is a single
             image and not a collection.
+        ShapeError: If `batch_size` is under 1.
     """
+    if batch_size < 1:
+        raise ShapeError(f"batch_size is {batch_size}; use at least 1")
     if isinstance(images, str | Path | Image.Image):
         raise ImageError(
             str(images), 0, "is a single image where a collection is expected; pass [image]"

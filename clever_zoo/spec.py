@@ -6,9 +6,16 @@ import math
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    model_validator,
+)
 
-from clever_zoo.backbones import BACKBONES
+from clever_zoo.backbones import BACKBONES, model_args_problems
 from clever_zoo.errors import SpecError
 
 SCHEMA_VERSION = 1
@@ -19,7 +26,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class PreprocessSpec(_Frozen):
@@ -34,7 +41,7 @@ class PreprocessSpec(_Frozen):
     input_size_px: int = Field(224, ge=1)
     crop_pct: float = Field(0.875, gt=0, le=1)
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
 
     @property
     def resize_px(self) -> int:
@@ -96,11 +103,14 @@ class ModelSpec(_Frozen):
     def _check_backbone(self) -> Self:
         if self.backbone not in BACKBONES:
             raise ValueError(f"unknown backbone {self.backbone!r}; use {', '.join(BACKBONES)}")
+        problems = model_args_problems(self.backbone, self.model_args)
         if self.invariant_dim > self.feature_dim:
-            raise ValueError(
+            problems.append(
                 f"invariant_dim is {self.invariant_dim}, but {self.backbone} "
                 f"has {self.feature_dim} features"
             )
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     @property
@@ -121,7 +131,7 @@ class ModelSpec(_Frozen):
             SpecError: Naming `source` and every unknown, missing or wrong field.
         """
         try:
-            return cls.model_validate(fields)
+            return cls.model_validate_json(json.dumps(fields, default=_plain))
         except ValidationError as error:
             lines = "".join(f"\n  - {line}" for line in problem_lines(error))
             raise SpecError(f"{source}:{lines}") from error
@@ -172,7 +182,13 @@ class ModelSpec(_Frozen):
                 f"{source}: clever.schema_version is {version!r}, this release reads "
                 f"{SCHEMA_VERSION}; upgrade clever-zoo"
             )
-        return cls.create(f"{source}, section 'clever'", **fields)
+        where = f"{source}, section 'clever'"
+        spec = cls.create(where, **fields)
+        # Written by this release a section is complete: a default must not stand in for a value.
+        absent = missing_keys(spec.model_dump(mode="json"), fields)
+        if absent:
+            raise SpecError(f"{where}:" + "".join(f"\n  - {key}: missing" for key in absent))
+        return spec
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -188,6 +204,21 @@ class ModelSpec(_Frozen):
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise SpecError(f"{path} is not valid JSON: {error}") from error
         return cls.from_config(config, str(path))
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else repr(value)
+
+
+def missing_keys(complete: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the keys of `complete` that `given` lacks, at any depth."""
+    names: list[str] = []
+    for key, value in complete.items():
+        if key not in given:
+            names.append(f"{prefix}{key}")
+        elif isinstance(value, dict) and isinstance(given[key], dict):
+            names += missing_keys(value, given[key], f"{prefix}{key}.")
+    return names
 
 
 def problem_lines(error: ValidationError) -> list[str]:

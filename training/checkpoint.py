@@ -1,17 +1,18 @@
 """Checkpoints: one safetensors file that holds everything a run needs to go on to the bit."""
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from clever_zoo.errors import CheckpointError
+from clever_zoo.errors import CheckpointError, RecipeError
 from clever_zoo.files import write_atomic
-from training.config import Recipe
+from training.config import Recipe, parse_recipe
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -52,22 +53,46 @@ def save_checkpoint(
         tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     header = {
         "progress": json.dumps(progress),
         "recipe": recipe.model_dump_json(),
+        "sha256": _digest(tensors),
     }
-    write_atomic(path, save({k: v.contiguous() for k, v in tensors.items()}, metadata=header))
+    write_atomic(path, save(tensors, metadata=header))
 
 
-def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class _Content(NamedTuple):
+    tensors: dict[str, Tensor]
+    recipe: dict[str, Any]
+    progress: dict[str, Any]
+
+
+def _read(path: Path) -> _Content:
     try:
         with safe_open(path, framework="pt") as file:
             keys = file.keys()
-            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+            tensors, header = {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+        content = _Content(tensors, json.loads(header["recipe"]), json.loads(header["progress"]))
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise CheckpointError(
-            f"{path} is no readable checkpoint ({error}); delete it to start afresh"
+            f"{path} is no readable checkpoint of this project ({error!r}); "
+            "delete it to start afresh"
         ) from error
+    if header.get("sha256") != (actual := _digest(tensors)):
+        raise CheckpointError(
+            f"{path} is damaged: its tensors have sha256 {actual}, written was "
+            f"{header.get('sha256')}; delete it to start afresh"
+        )
+    return content
 
 
 def _under(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -86,10 +111,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: If the file cannot be read or was written under another recipe.
     """
-    tensors, header = _open(path)
-    if "recipe" not in header:
-        raise CheckpointError(f"{path} holds no recipe; it is no checkpoint of this project")
-    changes = recipe_difference(json.loads(header["recipe"]), recipe.model_dump(mode="json"))
+    tensors, saved_recipe, progress = _read(path)
+    changes = recipe_difference(saved_recipe, recipe.model_dump(mode="json"))
     if changes:
         lines = "".join(f"\n  - {line}" for line in changes)
         raise CheckpointError(
@@ -113,15 +136,22 @@ def load_checkpoint(
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return json.loads(header["progress"])
+    return progress
 
 
 def load_recipe_and_teacher(path: Path) -> tuple[Recipe, dict[str, Tensor], dict[str, Any]]:
     """The recipe, the teacher backbone's tensors (the product) and the progress of a run.
 
     Raises:
-        CheckpointError: If the file cannot be read.
+        CheckpointError: If the file cannot be read or its recipe is of another release.
     """
-    tensors, header = _open(path)
-    recipe = Recipe.model_validate_json(header["recipe"])
-    return recipe, _under(tensors, "teacher"), json.loads(header["progress"])
+    tensors, saved_recipe, progress = _read(path)
+    try:
+        recipe = parse_recipe(saved_recipe, str(path))
+    except RecipeError as error:
+        raise CheckpointError(f"the recipe in a checkpoint does not fit: {error}") from error
+    if changes := recipe_difference(saved_recipe, recipe.model_dump(mode="json")):
+        raise CheckpointError(
+            f"{path} was written by another release, whose recipe differs: {'; '.join(changes)}"
+        )
+    return recipe, _under(tensors, "teacher"), progress

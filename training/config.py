@@ -3,13 +3,22 @@
 Defaults are the values of the paper's released scripts; a recipe file states what differs.
 """
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from clever_zoo.backbones import BACKBONES
+from clever_zoo.backbones import BACKBONES, model_args_problems
 from clever_zoo.errors import RecipeError
 from clever_zoo.spec import IMAGENET_MEAN, IMAGENET_STD, problem_lines
 from training.views import Strength
@@ -18,7 +27,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataConfig(_Section):
@@ -28,7 +37,7 @@ class DataConfig(_Section):
     image_size_px: int = Field(256, ge=8)  # image-folder: the square that is kept in memory
     crop_pct: float = Field(0.875, gt=0, le=1)  # of the released encoder's evaluation transform
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
 
 
 class BackboneConfig(_Section):
@@ -37,6 +46,19 @@ class BackboneConfig(_Section):
     name: str
     model_args: dict[str, Any] = {}
     drop_path_rate: float = Field(0.0, ge=0, lt=1)  # student only
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name not in BACKBONES:
+            raise ValueError(f"is {name!r}; use one of {', '.join(BACKBONES)}")
+        return name
+
+    @model_validator(mode="after")
+    def _check_model_args(self) -> "BackboneConfig":
+        if problems := model_args_problems(self.name, self.model_args):
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class MethodConfig(_Section):
@@ -56,6 +78,13 @@ class ViewsConfig(_Section):
     local_views: int = Field(8, ge=0)
     global_scale: tuple[float, float] = (0.4, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.4)
+
+    @field_validator("global_scale", "local_scale")
+    @classmethod
+    def _check_scale(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"is {list(scale)}; use 0 < low <= high <= 1")
+        return scale
 
 
 class HeadConfig(_Section):
@@ -111,19 +140,19 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _check_across_sections(self) -> "Recipe":
         problems = []
-        if self.backbone.name not in BACKBONES:
+        cut = self.method.invariant_dim
+        if cut is not None and not self.method.clever:
+            problems.append(f"method.invariant_dim is {cut}, but without clever nothing is cut")
+        elif cut is not None and cut >= self.feature_dim:
             problems.append(
-                f"backbone.name is {self.backbone.name!r}; use one of {', '.join(BACKBONES)}"
+                f"method.invariant_dim is {cut}; {self.backbone.name} has {self.feature_dim} "
+                "features, and both halves need one"
             )
-        elif self.invariant_dim > self.feature_dim:
-            problems.append(
-                f"method.invariant_dim is {self.invariant_dim}, "
-                f"but {self.backbone.name} has {self.feature_dim} features"
-            )
-        for key in ("global_scale", "local_scale"):
-            low, high = getattr(self.views, key)
-            if not 0 < low <= high <= 1:
-                problems.append(f"views.{key} is [{low}, {high}]; use 0 < low <= high <= 1")
+        patch = self.backbone.model_args.get("patch_size", 16)
+        for key in ("global_size_px", "local_size_px"):
+            size = getattr(self.views, key)
+            if self.backbone.name.startswith("vit") and size % patch:
+                problems.append(f"views.{key} is {size}; a ViT needs a multiple of patch {patch}")
         if self.optimizer.warmup_epochs >= self.epochs:
             problems.append(
                 f"optimizer.warmup_epochs is {self.optimizer.warmup_epochs}, "
@@ -174,8 +203,13 @@ def load_recipe(source: str | Path) -> Recipe:
 
 
 def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
-    """Validate the content of a recipe; see `load_recipe`."""
+    """Validate the content of a recipe.
+
+    Raises:
+        RecipeError: Naming `source` and all mistakes.
+    """
     try:
-        return Recipe.model_validate(content)
+        # As JSON, because strict validation takes a list for a tuple there only.
+        return Recipe.model_validate_json(json.dumps(content, default=str))
     except ValidationError as error:
         raise RecipeError(source, problem_lines(error)) from error

@@ -1,7 +1,9 @@
 """Data sets held in memory as bytes: Fashion-MNIST and any folder of class folders."""
 
 import gzip
+import hashlib
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,6 +34,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def digest(self) -> str:
+        """SHA-256 of the images, hexadecimal: the same data gives the same."""
+        return hashlib.sha256(self.images.contiguous().numpy().data).hexdigest()
+
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -58,6 +64,7 @@ def load_split(config: DataConfig, root: Path | None, split: Split) -> ImageSet:
 
     Raises:
         DataError: If the folder or a file is missing or malformed.
+        ImageError: For a file in an image folder that is no image.
     """
     if config.dataset == "fashion-mnist":
         return load_fashion_mnist(root, split)
@@ -102,7 +109,7 @@ def _find_idx(base: Path, name: str) -> Path:
 def _read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     header = 4 + 4 * rank
     if raw[:4] != bytes([0, 0, 8, rank]) or len(raw) < header:

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clever_zoo.cli import fail
+from clever_zoo.encoder import usable_device
 from clever_zoo.errors import CheckpointError, CleverZooError, DataError, NonFiniteError
 from clever_zoo.files import write_atomic
 from clever_zoo.spec import PreprocessSpec
 from training import ema
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint, recipe_difference, save_checkpoint
 from training.clever import Clever
 from training.config import Recipe, load_recipe, parse_recipe
 from training.data import ImageSet, load_split
@@ -150,15 +151,17 @@ def train(
         raise DataError(f"{len(data)} images do not fill one batch of {recipe.batch_size}")
     total = steps_per_epoch * recipe.epochs
     end = total if stop_at_step is None else min(stop_at_step, total)
-    progress: dict[str, Any] = {"step": 0, "steps": total, "seconds": 0.0}
+    progress: dict[str, Any] = {"step": 0, "seconds": 0.0}
+    fixed = {"steps": total, "data_sha256": data.digest()}
     if (out / CHECKPOINT).exists():
         progress = load_checkpoint(out / CHECKPOINT, modules, optimizer, recipe)
-    if progress["steps"] != total:
-        raise CheckpointError(
-            f"{out / CHECKPOINT} belongs to a run of {progress['steps']} steps, these "
-            f"{len(data)} images make {total}; continue with the same data"
-        )
-    record_environment(out / ENVIRONMENT, device)
+        if changes := recipe_difference({k: progress[k] for k in fixed}, fixed):
+            raise CheckpointError(
+                f"{out / CHECKPOINT} belongs to other data ({'; '.join(changes)}); continue with "
+                "the same images, or train into another folder (--out)"
+            )
+    if progress["step"] < end:
+        record_environment(out / ENVIRONMENT, device)
     started = saved = time.monotonic()
     earlier_s = progress["seconds"]
 
@@ -185,7 +188,7 @@ def train(
             method.follow(momentum)
 
             now = time.monotonic()
-            progress = {"step": step + 1, "steps": total, "seconds": earlier_s + now - started}
+            progress = {"step": step + 1, "seconds": earlier_s + now - started}
             rates = {k: optimizer.param_groups[0][k] for k in ("lr", "weight_decay")}
             values = {name: term.item() for name, term in terms.items()}
             log.step(
@@ -199,10 +202,10 @@ def train(
                 }
             )
             if now - saved > checkpoint_every_s:
-                save_checkpoint(out / CHECKPOINT, modules, optimizer, recipe, progress)
+                save_checkpoint(out / CHECKPOINT, modules, optimizer, recipe, progress | fixed)
                 saved = now
-    save_checkpoint(out / CHECKPOINT, modules, optimizer, recipe, progress)
-    return progress
+    save_checkpoint(out / CHECKPOINT, modules, optimizer, recipe, progress | fixed)
+    return progress | fixed
 
 
 def preprocess_spec(recipe: Recipe) -> PreprocessSpec:
@@ -256,6 +259,7 @@ def main(
         torch.set_num_threads(threads)
     try:
         loaded = load_recipe(recipe)
+        usable_device(device)
         images = load_split(loaded.data, data, "train")
         if smoke:
             loaded = smoke_version(loaded)
@@ -269,7 +273,7 @@ def main(
             time_limit_s=60 * time_limit_min,
             checkpoint_every_s=checkpoint_every_s,
         )
-    except CleverZooError as error:
+    except (CleverZooError, OSError) as error:
         fail(error)
     step, steps, seconds = (progress[key] for key in ("step", "steps", "seconds"))
     typer.echo(f"{step} of {steps} steps, {seconds:.0f} s: {folder}")

@@ -12,7 +12,10 @@ _CHECKOUT = Path(__file__).parent.parent
 
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(_CHECKOUT), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
@@ -40,6 +43,7 @@ def environment(device: str) -> dict[str, Any]:
     cpu = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
     return {
         "commit": commit(),
+        "device": torch.device(device).type,
         "hardware": torch.cuda.get_device_name(device) if on_gpu else cpu,
         "torch": torch.__version__,
         "python": platform.python_version(),

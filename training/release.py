@@ -6,20 +6,21 @@ Paste the printed literal into clever_zoo/registry.py, then run `make tables`.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from clever_zoo.cards import render_card
+from clever_zoo.cards import DATASETS, render_card
 from clever_zoo.cli import fail
 from clever_zoo.encoder import Encoder
 from clever_zoo.errors import CleverZooError, DataError
 from clever_zoo.files import write_atomic
 from clever_zoo.golden import GOLDEN_FILENAME, golden_values
 from clever_zoo.spec import ModelSpec, Provenance
-from training.evaluate.__main__ import load_run
 from training.pretrain import preprocess_spec
+from training.runs import load_run
 
 MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
 ABOVE_UNTRAINED = 15.0
@@ -27,28 +28,53 @@ ABOVE_PIXELS = 25.0
 
 
 def gate_problems(record: dict[str, Any]) -> list[str]:
-    """What keeps a run from being released: rotated k-NN (CJ+R) of the invariant half."""
+    """What keeps a run from being released, one line each.
+
+    Its invariant half must be far enough above both controls under CJ+R, and on a GPU, where
+    time is no excuse, above raw pixels on clean images too; run and baseline must be finished
+    and equal in budget, from a known commit.
+    """
     columns = record["columns"]
-    ours = columns[record["model"]]["knn"]["cj_r"]["invariant"]["mean"]
-    untrained = columns["untrained"]["knn"]["cj_r"]["invariant"]["mean"]
-    pixels = columns["pixels"]["knn"]["cj_r"]["full"]["mean"]
+    ours, untrained, pixels = (columns[n]["knn"] for n in (record["model"], "untrained", "pixels"))
+    training = columns[record["model"]]["training"]
+    rotated = ours["cj_r"]["invariant"]["mean"]
     floors = {
-        f"{ABOVE_UNTRAINED} above the untrained network's {untrained}": untrained + ABOVE_UNTRAINED,
-        f"{ABOVE_PIXELS} above raw pixels' {pixels}": pixels + ABOVE_PIXELS,
+        f"{ABOVE_UNTRAINED} above the untrained network": (
+            untrained["cj_r"]["invariant"]["mean"] + ABOVE_UNTRAINED
+        ),
+        f"{ABOVE_PIXELS} above raw pixels": pixels["cj_r"]["full"]["mean"] + ABOVE_PIXELS,
     }
-    return [f"{ours} is not {text}" for text, floor in floors.items() if ours < floor]
+    problems = [
+        f"rotated k-NN {rotated} is not {text}: {floor:.2f}"
+        for text, floor in floors.items()
+        if rotated < floor
+    ]
+    if training["device"] != "cpu" and ours["clean"]["invariant"] <= pixels["clean"]["full"]:
+        problems.append(f"clean k-NN {ours['clean']['invariant']} is not above raw pixels")
+    baseline = columns.get(record["model"].replace("clever-", "dino-"), {}).get("training", {})
+    for key in ("seed", "epochs", "steps", "images_seen"):
+        if baseline.get(key) != training[key]:
+            problems.append(f"baseline {key} is {baseline.get(key)}, not {training[key]}")
+    if not training["finished"]:
+        problems.append(f"the run stopped after {training['steps']} steps")
+    if not re.fullmatch("[0-9a-f]{40}", training["commit"]):
+        problems.append(f"it was trained from {training['commit']!r}, not from a commit")
+    return problems
 
 
 def release(run: Path, record: dict[str, Any], folder: Path) -> ModelSpec:
     """Write the model folder; returns the spec for the registry.
 
     Raises:
-        DataError: If the run is unfinished or does not pass the gate.
+        CheckpointError: If the run cannot be read.
+        DataError: If it does not pass the gate or the record is not of it.
     """
-    problems = gate_problems(record)
     recipe, teacher, training = load_run(run)
-    if not training["finished"]:
-        problems.append(f"the run stopped after {training['steps']} steps")
+    problems = gate_problems(record)
+    if record["columns"][record["model"]]["training"] != training:
+        problems.append("the record is of another state of the run; evaluate it again")
+    if record["dataset"] not in DATASETS:
+        problems.append(f"cards.py has no words for the data set {record['dataset']!r}")
     if problems:
         raise DataError(f"{recipe.name} is not released: {'; '.join(problems)}")
     spec = ModelSpec(

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from clever_zoo.cards import render_card, results_table
+from clever_zoo.errors import DataError
 from clever_zoo.files import write_atomic
 from clever_zoo.registry import list_models, model_info
 
@@ -15,7 +16,11 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 def rendered_files() -> dict[Path, str]:
-    """Path -> content of every file that is written from records."""
+    """Path -> content of every file that is written from records.
+
+    Raises:
+        DataError: If the README has lost its markers.
+    """
     files: dict[Path, str] = {}
     sections = []
     for name in list_models():
@@ -25,8 +30,10 @@ def rendered_files() -> dict[Path, str]:
         sections.append(f"`{name}` on {record['dataset']}:\n\n{results_table(record)}")
     readme = CHECKOUT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise DataError(f"{readme} has lost the line {BEGIN} or {END}")
     tables = "\n\n".join(sections)
     files[readme] = f"{before}{BEGIN}\n{tables}\n{END}{after}"
     return files

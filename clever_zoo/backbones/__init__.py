@@ -4,7 +4,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from clever_zoo.errors import BackendMissingError, UnknownModelError
+from clever_zoo.errors import BackendMissingError, SpecError, UnknownModelError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,6 +19,7 @@ class BackboneInfo:
         feature_dim: Width D of the pooled features.
         global_pool: timm's name of the pooling that makes them.
         model_args: Arguments that differ from timm's defaults whatever the input size.
+        allowed_args: Further timm arguments that a spec may set.
         classifier: Name of the layer that timm would put a classifier at.
         first_conv: Name of the layer that reads the pixels.
     """
@@ -29,6 +30,7 @@ class BackboneInfo:
     classifier: str
     first_conv: str
     model_args: dict[str, Any] = field(default_factory=dict)
+    allowed_args: tuple[str, ...] = ("drop_rate", "drop_path_rate")
 
 
 def _resnet(architecture: str, feature_dim: int) -> BackboneInfo:
@@ -37,7 +39,10 @@ def _resnet(architecture: str, feature_dim: int) -> BackboneInfo:
 
 def _vit(architecture: str, feature_dim: int) -> BackboneInfo:
     dynamic = {"dynamic_img_size": True}  # multi-crop training feeds two sizes
-    return BackboneInfo(architecture, feature_dim, "token", "head", "patch_embed.proj", dynamic)
+    allowed = ("img_size", "patch_size", "drop_rate", "drop_path_rate")
+    return BackboneInfo(
+        architecture, feature_dim, "token", "head", "patch_embed.proj", dynamic, allowed
+    )
 
 
 BACKBONES: dict[str, BackboneInfo] = {
@@ -68,6 +73,25 @@ def backbone_info(name: str) -> BackboneInfo:
     return BACKBONES[name]
 
 
+def model_args_problems(name: str, model_args: dict[str, Any]) -> list[str]:
+    """What is wrong with a backbone's timm arguments, one line each; empty if nothing is."""
+    allowed = BACKBONES[name].allowed_args
+    problems = []
+    for key, value in model_args.items():
+        whole = key in ("img_size", "patch_size")
+        if key not in allowed:
+            problems.append(
+                f"model_args.{key}: not an argument of {name}; use {', '.join(allowed)}"
+            )
+        elif isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            problems.append(f"model_args.{key} is {value!r}; use a number")
+        elif value < 1 if whole else not 0 <= value < 1:
+            problems.append(
+                f"model_args.{key} is {value!r}; use {'at least 1' if whole else '0 to 1'}"
+            )
+    return problems
+
+
 def build_backbone(name: str, **model_args: Any) -> "nn.Module":
     """Build a randomly initialised backbone through timm, without a classifier.
 
@@ -80,9 +104,12 @@ def build_backbone(name: str, **model_args: Any) -> "nn.Module":
 
     Raises:
         UnknownModelError: For an unknown name.
+        SpecError: For arguments that this backbone does not take.
         BackendMissingError: If timm is not installed.
     """
     info = backbone_info(name)
+    if problems := model_args_problems(name, model_args):
+        raise SpecError("; ".join(problems))
     try:
         import timm
     except ImportError as error:
@@ -93,4 +120,7 @@ def build_backbone(name: str, **model_args: Any) -> "nn.Module":
     if info.architecture.startswith("resnet"):
         # The reference starts every batch-norm gain at one; timm would zero the last of a block.
         model_args = {"zero_init_last": False, **model_args}
-    return timm.create_model(info.architecture, num_classes=0, **info.model_args, **model_args)
+    try:
+        return timm.create_model(info.architecture, num_classes=0, **info.model_args, **model_args)
+    except AssertionError as error:
+        raise SpecError(f"timm cannot build {name!r} with {model_args}: {error}") from error

@@ -1,6 +1,7 @@
 """From files to a file of embeddings, through the command line and below it."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -130,6 +131,37 @@ def test_other_mistakes_are_exit_code_2(pictures: Path, tmp_path: Path, model: s
     )
     assert result.exit_code == 2
     assert "training.pretrain clever-resnet50.fmnist" in result.output.replace("\n", "")
+
+
+def test_unusable_targets_and_devices_are_exit_code_2(pictures, tmp_path, model) -> None:
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "file").write_text("")
+    targets = [tmp_path / "folder.npz", tmp_path / "file/x.npz"]
+    for target in targets:
+        result = runner.invoke(app, ["embed", str(pictures), "-o", str(target), "-m", model])
+        assert (result.exit_code, "error" in result.output) == (2, True)
+    out = ["-o", str(tmp_path / "x.npz"), "-m", model, "--device", "warp-drive"]
+    assert runner.invoke(app, ["embed", str(pictures), *out]).exit_code == 2
+    result = runner.invoke(app, ["embed", "x" * 300, "-o", str(tmp_path / "x.npz"), "-m", model])
+    assert result.exit_code == 2
+
+
+def test_markup_in_names_is_printed_as_it_is(pictures, tmp_path, model) -> None:
+    out = tmp_path / "x[bold].npz"
+    result = runner.invoke(app, ["embed", str(pictures), "-o", str(out), "-m", model])
+    assert result.exit_code == 0
+    assert "x[bold].npz" in result.output
+
+
+def test_names_that_are_not_utf8_are_listed(pictures, tmp_path, model) -> None:
+    name = os.fsdecode(os.fsencode(pictures) + b"/caf\xe9.png")
+    shutil.copy(sample_paths()[0], name)
+    report = embed_files(
+        find_images([pictures]), clever_zoo.from_pretrained(model), tmp_path / "out.parquet"
+    )
+    assert report.written == 7
+    assert "not valid UTF-8" in report.errors[0].reason
+    assert report.errors_path.exists()
 
 
 def test_all_unreadable_still_writes_an_empty_file(tmp_path: Path, model: str) -> None:

@@ -194,6 +194,11 @@ def test_damaged_weights_are_integrity_errors(folders, tmp_path: Path) -> None:
 def with_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Replace the weights, digest included, so that only the tensors are wrong."""
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    describe(folder)
+
+
+def describe(folder: Path) -> None:
+    """Put the digest of the weights file into the config."""
     config = json.loads((folder / "config.json").read_text())
     described = WeightFile.of((folder / "model.safetensors").read_bytes())
     config["clever"]["weights"] = described.model_dump()
@@ -229,6 +234,13 @@ def edited(folder: Path, target: Path, edit) -> Path:
         (lambda c: c["clever"].pop("invariant_dim"), "invariant_dim: missing"),
         (lambda c: c["clever"].update(invariant_dim=500), "500, but vit_tiny has 192"),
         (lambda c: c["clever"].update(backbone="alexnet"), "alexnet"),
+        (lambda c: c["clever"].pop("preprocess"), "preprocess: missing"),
+        (lambda c: c["clever"]["preprocess"].pop("mean"), "preprocess.mean: missing"),
+        (lambda c: c["clever"]["preprocess"].update(std=[0, 1, 1]), "preprocess.std"),
+        (lambda c: c["clever"].update(invariant_dim="153"), "invariant_dim: .*integer"),
+        (lambda c: c["clever"].update(invariant_dim=True), "invariant_dim: .*integer"),
+        (lambda c: c["clever"]["model_args"].update(pretrained=True), "model_args.pretrained"),
+        (lambda c: c["clever"]["model_args"].update(checkpoint_path="/x"), "checkpoint_path"),
         (lambda c: c["clever"].update(schema_version=9), "schema_version is 9"),
         (lambda c: c["clever"]["weights"].update(sha256="x"), "weights.sha256"),
         (lambda c: c["clever"]["weights"].update(filename="../x.safetensors"), "weights.filename"),
@@ -347,6 +359,8 @@ def test_hub_sources_read_the_cache_offline(folders, tmp_path: Path) -> None:
     damaged_copy.mkdir()
     damaged(folders["vit"], damaged_copy / commit)
     options = {"cache_dir": tmp_path, "local_files_only": True}
+    with pytest.raises(errors.SourceError, match="no valid name"):
+        clever_zoo.from_pretrained("org/a--b", **options)
     for source in ("org/vit", "hf-hub:org/vit@main", f"hf-hub:org/vit@{commit}"):
         assert clever_zoo.from_pretrained(source, **options).spec.backbone == "vit_tiny"
     with pytest.raises(errors.DownloadError, match=r"config.json of 'org/other'"):
@@ -356,6 +370,53 @@ def test_hub_sources_read_the_cache_offline(folders, tmp_path: Path) -> None:
 def test_bad_encoder_arguments() -> None:
     with pytest.raises(errors.SpecError, match="600, but resnet18 has 512"):
         clever_zoo.create_encoder("resnet18", invariant_dim=600)
+    for backbone, arguments in (
+        ("resnet18", {"foo": 1}),
+        ("resnet18", {"num_classes": 10}),
+        ("vit_tiny", {"dynamic_img_size": False}),
+        ("vit_tiny", {"img_size": (32, 32)}),
+        ("vit_tiny", {"img_size": 0}),
+        ("vit_tiny", {"patch_size": 1.5}),
+    ):
+        key = next(iter(arguments)).replace("img_size", r"(img|input)_size")
+        with pytest.raises(errors.SpecError, match=key):
+            clever_zoo.create_encoder(backbone, **arguments)
+
+
+def test_devices_that_cannot_be_used(folders) -> None:
+    for name in ("warp-drive", "cuda:99"):
+        with pytest.raises(errors.BackendMissingError, match=f"device '{name}' cannot be used"):
+            clever_zoo.from_pretrained(folders["vit"], device=name)
+
+
+def test_weights_that_are_no_safetensors(folders, tmp_path: Path) -> None:
+    folder = damaged(folders["vit"], tmp_path / "m")
+    (folder / "model.safetensors").write_bytes(b"something else entirely")
+    describe(folder)
+    with pytest.raises(errors.IntegrityError, match="no safetensors file"):
+        clever_zoo.from_pretrained(folder)
+
+
+def test_values_beyond_float16_are_not_saved(tmp_path: Path) -> None:
+    encoder = clever_zoo.create_encoder("resnet18")
+    with torch.no_grad():
+        encoder.backbone.conv1.weight[0, 0, 0, 0] = 1e5
+    with pytest.raises(errors.NonFiniteError, match=r"conv1\.weight .*float16"):
+        encoder.save_pretrained(tmp_path, dtype="float16")
+    assert not list(tmp_path.iterdir())
+    encoder.save_pretrained(tmp_path)
+
+
+def test_batch_size_zero_is_refused() -> None:
+    with pytest.raises(errors.ShapeError, match="batch_size is 0"):
+        clever_zoo.create_encoder("resnet18").embed([], batch_size=0)
+
+
+def test_normalizing_a_zero_row_has_a_gradient() -> None:
+    x = torch.zeros(1, 3, requires_grad=True)
+    Embedding(x, x).normalized().invariant.sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
 
 
 def test_public_names_resolve() -> None:

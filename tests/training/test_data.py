@@ -56,6 +56,18 @@ def test_damaged_files_are_data_errors(fashion_mnist_folder, tmp_path, damage, h
         load_fashion_mnist(tmp_path, "train")
 
 
+def test_a_flipped_byte_in_a_gzip_file_is_a_data_error(fashion_mnist_folder, tmp_path) -> None:
+    for path in fashion_mnist_folder.iterdir():
+        shutil.copy(path, tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    for position in (40, 5000, 20_000):
+        content = bytearray((fashion_mnist_folder / path.name).read_bytes())
+        content[position] ^= 0xFF
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="cannot be read"):
+            load_fashion_mnist(tmp_path, "train")
+
+
 def test_a_torn_gzip_file_is_a_data_error(fashion_mnist_folder: Path, tmp_path: Path) -> None:
     for path in fashion_mnist_folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[:1000])

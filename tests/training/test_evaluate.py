@@ -7,24 +7,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 from torchvision.transforms import functional as F
 from typer.testing import CliRunner
 
 import clever_zoo
 from clever_zoo.cards import results_table
-from clever_zoo.errors import DataError
+from clever_zoo.errors import CheckpointError, DataError
 from clever_zoo.golden import check_golden
 from clever_zoo.preprocess import crop_pixels
 from clever_zoo.spec import PreprocessSpec
 from tests import oracles
 from training import pretrain, release
-from training.data import load_fashion_mnist
+from training.data import load_fashion_mnist, load_split
 from training.evaluate import __main__ as evaluate
 from training.evaluate.knn import TEMPERATURE, knn_accuracy, knn_predict
 from training.evaluate.perturb import circular_mask, draw_angles, perturb
 from training.evaluate.rotation import angle_r2
 from training.evaluate.suite import backbone_features, evaluation_pixels
+from training.runs import load_run
 
 
 @pytest.mark.parametrize("k", [1, 3, 20])
@@ -148,51 +148,55 @@ def test_the_table_holds_every_figure(record: dict) -> None:
     assert f"{clean:.1f}" in table.splitlines()[3]
 
 
-def test_unfinished_or_weak_runs_are_not_released(runs: Path, record: dict, tmp_path) -> None:
+@pytest.fixture
+def finished(runs: Path, record: dict, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The record as if both runs had ended well at one commit; the run is made to agree."""
+    record = json.loads(json.dumps(record))
+    columns = record["columns"]
+    recipe, teacher, facts = load_run(runs / "clever-resnet18.fmnist")
+    facts |= {"finished": True, "commit": "0123456789" * 4}
+    for name in (recipe.name, recipe.name.replace("clever-", "dino-")):
+        columns[name]["training"] |= facts | {"recipe": name}
+    columns[recipe.name]["knn"]["cj_r"]["invariant"]["mean"] = 60.0
+    columns["untrained"]["knn"]["cj_r"]["invariant"]["mean"] = 45.0
+    columns["pixels"]["knn"]["cj_r"]["full"]["mean"] = 35.0
+    monkeypatch.setattr(release, "load_run", lambda _: (recipe, teacher, facts))
+    return record
+
+
+def test_an_unfinished_run_is_not_released(runs: Path, record: dict, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="stopped after 3 steps"):
         release.release(runs / "clever-resnet18.fmnist", record, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def passing(record: dict) -> dict:
-    record = json.loads(json.dumps(record))
-    columns = record["columns"]
-    columns[record["model"]]["knn"]["cj_r"]["invariant"]["mean"] = 60.0
-    columns["untrained"]["knn"]["cj_r"]["invariant"]["mean"] = 45.0
-    columns["pixels"]["knn"]["cj_r"]["full"]["mean"] = 35.0
-    return record
+def test_the_gate(finished: dict) -> None:
+    columns = finished["columns"]
+    ours, baseline, untrained, pixels = columns.values()
+    assert release.gate_problems(finished) == []
+    untrained["knn"]["cj_r"]["invariant"]["mean"] = 45.1
+    assert "above the untrained network: 60.10" in release.gate_problems(finished)[0]
+    pixels["knn"]["cj_r"]["full"]["mean"] = 35.1
+    baseline["training"]["steps"] = 2
+    ours["training"] |= {"device": "cuda", "commit": "abc+changes"}
+    ours["knn"]["clean"]["invariant"] = pixels["knn"]["clean"]["full"] - 1
+    assert len(release.gate_problems(finished)) == 5
 
 
-def test_the_gate_is_15_above_untrained_and_25_above_pixels(record: dict) -> None:
-    record = passing(record)
-    columns = record["columns"]
-    assert release.gate_problems(record) == []
-    columns["untrained"]["knn"]["cj_r"]["invariant"]["mean"] = 45.1
-    assert "untrained" in release.gate_problems(record)[0]
-    columns["pixels"]["knn"]["cj_r"]["full"]["mean"] = 35.1
-    assert len(release.gate_problems(record)) == 2
+def test_a_stale_record_is_refused(runs: Path, finished: dict, tmp_path: Path) -> None:
+    finished["columns"][finished["model"]]["training"]["seconds"] += 60
+    with pytest.raises(DataError, match="another state of the run"):
+        release.release(runs / "clever-resnet18.fmnist", finished, tmp_path)
 
 
-def pretend_finished(runs: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, dict]:
-    recipe, teacher, facts = evaluate.load_run(runs / "clever-resnet18.fmnist")
-    facts |= {"finished": True}
-    monkeypatch.setattr(release, "load_run", lambda _: (recipe, teacher, facts))
-    return teacher, facts
-
-
-def test_a_released_folder_is_complete_and_true(
-    runs: Path, record: dict, tmp_path: Path, monkeypatch
-) -> None:
-    recipe, teacher, facts = evaluate.load_run(runs / "clever-resnet18.fmnist")
-    monkeypatch.setattr(
-        release, "load_run", lambda _: (recipe, teacher, facts | {"finished": True})
-    )
-    spec = release.release(runs / "clever-resnet18.fmnist", passing(record), tmp_path)
+def test_a_released_folder_is_complete_and_true(runs: Path, finished: dict, tmp_path: Path) -> None:
+    spec = release.release(runs / "clever-resnet18.fmnist", finished, tmp_path)
     names = {"README.md", "config.json", "golden.json", "model.safetensors", "results.json"}
     assert {p.name for p in tmp_path.iterdir()} == names
     encoder = clever_zoo.from_pretrained(tmp_path)
     assert encoder.spec == spec
     assert check_golden(tmp_path) < 1e-5
+    _, teacher, facts = load_run(runs / "clever-resnet18.fmnist")
     stored, trained = encoder.backbone.state_dict(), teacher.state_dict()
     assert torch.allclose(stored["conv1.weight"], trained["conv1.weight"], atol=1e-3)
     assert torch.equal(stored["bn1.running_mean"], trained["bn1.running_mean"])
@@ -201,17 +205,46 @@ def test_a_released_folder_is_complete_and_true(
         assert text in card
 
 
-def test_altered_golden_values_are_found(runs, record, tmp_path, monkeypatch) -> None:
-    recipe, teacher, facts = evaluate.load_run(runs / "clever-resnet18.fmnist")
-    monkeypatch.setattr(
-        release, "load_run", lambda _: (recipe, teacher, facts | {"finished": True})
-    )
-    release.release(runs / "clever-resnet18.fmnist", passing(record), tmp_path)
-    golden = json.loads((tmp_path / "golden.json").read_text())
-    golden["equivariant"][3] += 0.01 * golden["norms"]["equivariant"]
-    (tmp_path / "golden.json").write_text(json.dumps(golden))
-    with pytest.raises(clever_zoo.errors.IntegrityError, match="differ by"):
-        check_golden(tmp_path)
-    (tmp_path / "golden.json").unlink()
+def test_altered_golden_values_are_found(runs: Path, finished: dict, tmp_path: Path) -> None:
+    release.release(runs / "clever-resnet18.fmnist", finished, tmp_path)
+    path = tmp_path / "golden.json"
+    golden = json.loads(path.read_text())
+    for wrong in (golden["equivariant"][3] + 0.01 * golden["norms"]["equivariant"], float("nan")):
+        golden["equivariant"][3] = wrong
+        path.write_text(json.dumps(golden))
+        with pytest.raises(clever_zoo.errors.IntegrityError, match="differ by"):
+            check_golden(tmp_path)
+    for content in ("{", '{"norms": {}}', "[]"):
+        path.write_text(content)
+        with pytest.raises(clever_zoo.errors.IntegrityError, match="no golden values"):
+            check_golden(tmp_path)
+    path.unlink()
     with pytest.raises(clever_zoo.errors.IntegrityError, match="does not exist"):
         check_golden(tmp_path)
+
+
+def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
+    from clever_zoo.samples import sample_paths
+
+    for split, names in (("train", "abc"), ("test", "ac")):
+        for name in names:
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for path in sample_paths()[:8]:
+                target = tmp_path / "data" / split / name / path.name
+                target.write_bytes(path.read_bytes())
+    content = pretrain.smoke_version(pretrain.load_recipe("clever-resnet18.fmnist")).model_dump()
+    content["data"] |= {"dataset": "image-folder", "image_size_px": 28}
+    recipe = pretrain.parse_recipe(content, "test")
+    train = load_split(recipe.data, tmp_path / "data", "train")
+    pretrain.train(recipe, train, tmp_path / "run", stop_at_step=1)
+    with pytest.raises(DataError, match="classes of both splits"):
+        evaluate.evaluate_run(tmp_path / "run", None, tmp_path / "data", "cpu")
+
+
+def test_folders_without_a_run_are_checkpoint_errors(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        load_run(tmp_path)
+    source = runs / "clever-resnet18.fmnist" / pretrain.CHECKPOINT
+    (tmp_path / pretrain.CHECKPOINT).write_bytes(source.read_bytes())
+    with pytest.raises(CheckpointError, match=r"environment\.json"):
+        load_run(tmp_path)

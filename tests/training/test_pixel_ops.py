@@ -8,6 +8,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from training import pixel_ops
+from training.views import draw_parameters, render_view
 
 TOLERANCE = 0.5  # mean absolute difference on the 0..255 scale
 
@@ -129,3 +130,29 @@ def test_elastic(images: list[Image.Image]) -> None:
         displacement = torch.cat(smooth, dim=1).permute(0, 2, 3, 1)
         expected.append(F.elastic_transform(image, displacement, InterpolationMode.BILINEAR, [0.0]))
     assert mean_difference(pixel_ops.elastic(batch(images), noise), expected) <= 0.05
+
+
+@pytest.mark.parametrize("role", ["global_1", "global_2", "local"])
+@pytest.mark.parametrize("strength", ["baug", "caug"])
+def test_whole_views(images: list[Image.Image], role, strength) -> None:
+    """The drawn parameters through torchvision and Pillow, in the reference's order."""
+    size = 96 if images[0].width == 150 else 32
+    samples = np.arange(len(images))
+    p = draw_parameters(
+        role, 1, samples, seed=4, epoch=2, strength=strength, size=size, scale=(0.2, 1.0),
+        image_size=(images[0].height, images[0].width),
+    )  # fmt: skip
+    jitter = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    expected = []
+    for i, image in enumerate(images):
+        box = [int(side[i]) for side in (p.top, p.left, p.height, p.width)]
+        view = F.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC)
+        view = F.hflip(view) if p.flip[i] else view
+        view = F.rotate(view, float(p.angle[i]))
+        for operation in p.order[i] if p.jitter[i] else []:
+            view = jitter[operation](view, float(p.factors[i, operation]))
+        view = F.rgb_to_grayscale(view, 3) if p.grayscale[i] else view
+        if p.blur_sigma[i]:
+            view = view.filter(ImageFilter.GaussianBlur(float(p.blur_sigma[i])))
+        expected.append(F.solarize(view, 128) if p.solarize[i] else view)
+    assert mean_difference(render_view(batch(images), p, size), expected) <= TOLERANCE

@@ -10,15 +10,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import nn
 
 from clever_zoo.cli import fail
-from clever_zoo.errors import CleverZooError
+from clever_zoo.encoder import usable_device
+from clever_zoo.errors import CleverZooError, DataError
 from clever_zoo.files import write_atomic
-from training.checkpoint import load_recipe_and_teacher
-from training.config import Recipe
 from training.data import load_split
 from training.evaluate.suite import (
+    NEIGHBORS,
     PROTOCOLS,
     SEEDS,
     backbone_features,
@@ -27,42 +26,36 @@ from training.evaluate.suite import (
     pixel_features,
 )
 from training.networks import build_student
-from training.pretrain import CHECKPOINT, ENVIRONMENT, preprocess_spec
+from training.pretrain import preprocess_spec
 from training.provenance import environment
-
-
-def load_run(folder: Path) -> tuple[Recipe, nn.Module, dict[str, Any]]:
-    """A run's recipe, its teacher backbone and the facts of its training."""
-    recipe, tensors, progress = load_recipe_and_teacher(folder / CHECKPOINT)
-    teacher = build_student(recipe.backbone, recipe.seed)
-    teacher.load_state_dict(tensors)
-    first, *later = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-    images = progress["step"] * recipe.batch_size
-    return recipe, teacher, {
-        "recipe": recipe.name,
-        "seed": recipe.seed,
-        "epochs": recipe.epochs,
-        "steps": progress["step"],
-        "finished": progress["step"] == progress["steps"],
-        "images_seen": images,
-        "seconds": round(progress["seconds"]),
-        "images_per_s": round(images / max(progress["seconds"], 1e-9), 1),
-        **first,
-        **({"continued_under": later} if later else {}),
-    }  # fmt: skip
+from training.runs import load_run
 
 
 def evaluate_run(
     run: Path, baseline: Path | None, data: Path | None, device: str
 ) -> dict[str, Any]:
-    """The whole record: the run, its baseline, the untrained network and raw pixels."""
+    """The whole record: the run, its baseline, the untrained network and raw pixels.
+
+    Raises:
+        CheckpointError: If a run cannot be read.
+        DataError: If the data or the baseline does not fit.
+    """
     recipe, teacher, training = load_run(run)
     spec = preprocess_spec(recipe)
     sets = [load_split(recipe.data, data, split) for split in ("train", "test")]
+    if sets[0].class_names != sets[1].class_names:
+        raise DataError(
+            f"the classes of both splits must be the same: train has {sets[0].class_names}, "
+            f"test {sets[1].class_names}"
+        )
+    if len(sets[0]) < NEIGHBORS:
+        raise DataError(f"{len(sets[0])} training images are too few for {NEIGHBORS} neighbours")
     train, test = ((evaluation_pixels(s, spec), s.labels) for s in sets)
     networks = {recipe.name: (teacher, training)}
     if baseline is not None:
         other, other_teacher, other_training = load_run(baseline)
+        if preprocess_spec(other) != spec or other.backbone != recipe.backbone:
+            raise DataError(f"{other.name} has another backbone or transform than {recipe.name}")
         networks[other.name] = (other_teacher, other_training)
     networks["untrained"] = (build_student(recipe.backbone, recipe.seed), {"seed": recipe.seed})
     columns: dict[str, Any] = {}
@@ -101,8 +94,9 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     try:
+        usable_device(device)
         record = evaluate_run(run, baseline, data, device)
-    except CleverZooError as error:
+    except (CleverZooError, OSError) as error:
         fail(error)
     write_atomic(output, (json.dumps(record, indent=2) + "\n").encode())
     typer.echo(f"wrote {output}")
