@@ -72,7 +72,8 @@ def _training_lines(columns: Record) -> list[str]:
                 f"- `{name}`: recipe `training/recipes/{facts['recipe']}.toml`, seed "
                 f"{facts['seed']}, {facts['epochs']} epochs = {facts['images_seen']:,} images in "
                 f"{facts['seconds'] / 60:.0f} minutes ({facts['images_per_s']:.0f} images/s) on "
-                f"{facts['hardware']}, torch {facts['torch']}, commit `{facts['commit'][:12]}`."
+                f"{facts['hardware']}, torch {facts['torch']}, commit `{facts['commit'][:12]}`"
+                f"{'; ' + facts['note'] if 'note' in facts else ''}."
             )
     return lines
 
