@@ -21,8 +21,10 @@ def angle_r2(
     Shapes: features (N, D), degrees (N,). 1 is perfect, 0 no better than the mean.
     """
     regression = make_pipeline(StandardScaler(), Ridge(alpha=RIDGE))
-    regression.fit(train_features, _sin_cos(train_degrees))
-    return float(r2_score(_sin_cos(test_degrees), regression.predict(test_features)))
+    # Features are nearly collinear: single precision is not enough to solve for them.
+    regression.fit(train_features.astype(np.float64), _sin_cos(train_degrees))
+    predicted = regression.predict(test_features.astype(np.float64))
+    return float(r2_score(_sin_cos(test_degrees), predicted))
 
 
 def _sin_cos(degrees: NDArray[np.float32]) -> NDArray[np.float32]:
