@@ -16,7 +16,7 @@ RELEASED: tuple[ModelSpec, ...] = (
         invariant_dim=409,
         preprocess=PreprocessSpec(input_size_px=32, crop_pct=1.0),
         weights=WeightFile(
-            sha256="5b2f013ad773c6bdfbe2695e51029560d77bf0316a257a3086f9dac395845968",
+            sha256="b78e78df406cafbda060b806d53f6dfc45256ed0fa507b1e4cccd303b6878f04",
             size_bytes=22_421_088,
         ),
         provenance=Provenance(
