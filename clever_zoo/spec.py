@@ -131,7 +131,7 @@ class ModelSpec(_Frozen):
             SpecError: Naming `source` and every unknown, missing or wrong field.
         """
         try:
-            return cls.model_validate_json(json.dumps(fields, default=_plain))
+            return cls.model_validate_json(json.dumps(fields, default=repr))
         except ValidationError as error:
             lines = "".join(f"\n  - {line}" for line in problem_lines(error))
             raise SpecError(f"{source}:{lines}") from error
@@ -204,10 +204,6 @@ class ModelSpec(_Frozen):
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise SpecError(f"{path} is not valid JSON: {error}") from error
         return cls.from_config(config, str(path))
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json") if isinstance(value, BaseModel) else repr(value)
 
 
 def missing_keys(complete: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
