@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from clever_zoo.embedding import Embedding
 from clever_zoo.errors import BackendMissingError, DataError, ImageError
 from clever_zoo.files import replacing, write_atomic
-from clever_zoo.preprocess import IMAGE_SUFFIXES, image_pixels
+from clever_zoo.preprocess import IMAGE_SUFFIXES, batched, image_pixels
 from clever_zoo.spec import ModelSpec
 
 OnError = Literal["skip", "raise"]
@@ -106,7 +106,7 @@ def embed_files(
     errors: list[ImageError] = []
     written = done = 0
     with replacing(out) as temporary, _WRITERS[out.suffix](temporary, encoder.spec) as write:
-        for batch in _batched(paths, batch_size):
+        for batch in batched(paths, batch_size):
             good, pixels = [], []
             for path in batch:
                 done += 1
@@ -138,17 +138,6 @@ def _check_name(path: Path, index: int) -> None:
         raise ImageError(str(path), index, "the file name is not valid UTF-8; rename it") from error
 
 
-def _batched(paths: Iterable[Path], size: int) -> Iterator[list[Path]]:
-    batch: list[Path] = []
-    for path in paths:
-        batch.append(path)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def _metadata(spec: ModelSpec) -> dict[str, str]:
     return {"model": spec.name, "sha256": spec.weights.sha256 if spec.weights else ""}
 
@@ -168,9 +157,9 @@ def _parquet_writer(path: Path, spec: ModelSpec) -> Iterator[Write]:
     with pq.ParquetWriter(path, schema) as writer:
 
         def write(paths: list[str], embedding: Embedding[NDArray[np.float32]]) -> None:
+            # Not from one flat array, which pyarrow refuses for an empty equivariant half.
             columns = [pa.array(paths)]
-            for half, width in zip(embedding, widths.values(), strict=True):
-                columns.append(pa.FixedSizeListArray.from_arrays(half.ravel(), width))
+            columns += [pa.array(list(h), f.type) for h, f in zip(embedding, halves, strict=True)]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
 
         yield write

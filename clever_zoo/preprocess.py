@@ -1,8 +1,10 @@
 """Image -> pixels, with Pillow and NumPy alone, so that every runtime sees the same numbers."""
 
+import itertools
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,7 @@ from PIL import Image, ImageOps
 from clever_zoo.errors import ImageError, ShapeError
 from clever_zoo.spec import PreprocessSpec
 
+Item = TypeVar("Item")
 ImageInput = str | Path | Image.Image | NDArray[np.uint8]
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -145,17 +148,22 @@ def pixel_batches(
             image and not a collection.
         ShapeError: If `batch_size` is under 1.
     """
-    if batch_size < 1:
-        raise ShapeError(f"batch_size is {batch_size}; use at least 1")
     if isinstance(images, str | Path | Image.Image):
         raise ImageError(
             str(images), 0, "is a single image where a collection is expected; pass [image]"
         )
-    batch: list[NDArray[np.uint8]] = []
-    for index, image in enumerate(images):
-        batch.append(image_pixels(image, spec, index))
-        if len(batch) == batch_size:
-            yield np.stack(batch)
-            batch = []
-    if batch:
-        yield np.stack(batch)
+    for chunk in batched(enumerate(images), batch_size):
+        yield np.stack([image_pixels(image, spec, index) for index, image in chunk])
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Consecutive lists of `size` items; the last may be shorter.
+
+    Raises:
+        ShapeError: If `size` is under 1.
+    """
+    if size < 1:
+        raise ShapeError(f"batch_size is {size}; use at least 1")
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk

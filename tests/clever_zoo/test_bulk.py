@@ -173,6 +173,20 @@ def test_all_unreadable_still_writes_an_empty_file(tmp_path: Path, model: str) -
         assert out.exists()
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "npz"])
+def test_an_encoder_without_a_split_writes_an_empty_half(tmp_path: Path, suffix: str) -> None:
+    encoder = clever_zoo.create_encoder("resnet18", invariant_dim=512)
+    out = tmp_path / f"out.{suffix}"
+    embed_files(sample_paths()[:3], encoder, out)
+    if suffix == "npz":
+        with np.load(out) as content:
+            assert content["equivariant"].shape == (3, 0)
+    else:
+        table = pq.read_table(out)
+        assert table["equivariant"].to_pylist() == [[], [], []]
+        assert len(table["invariant"][0].as_py()) == 512
+
+
 def test_find_images_takes_named_files_whatever_their_suffix(pictures: Path) -> None:
     assert find_images([pictures / "notes.txt"]) == [pictures / "notes.txt"]
     assert len(find_images([pictures, pictures])) == 7
