@@ -152,14 +152,20 @@ def _parquet_writer(path: Path, spec: ModelSpec) -> Iterator[Write]:
             'Parquet files need pyarrow: pip install "clever-zoo[bulk]" (or write .npz)'
         ) from error
     widths = {"invariant": spec.invariant_dim, "equivariant": spec.equivariant_dim}
-    halves = [pa.field(name, pa.list_(pa.float32(), width)) for name, width in widths.items()]
+    # -1: pyarrow has no fixed size 0, which is the equivariant half of an encoder without a split.
+    types = {name: pa.list_(pa.float32(), width or -1) for name, width in widths.items()}
+    halves = [pa.field(name, kind) for name, kind in types.items()]
     schema = pa.schema([pa.field("path", pa.string()), *halves], metadata=_metadata(spec))
     with pq.ParquetWriter(path, schema) as writer:
 
         def write(paths: list[str], embedding: Embedding[NDArray[np.float32]]) -> None:
-            # Not from one flat array, which pyarrow refuses for an empty equivariant half.
             columns = [pa.array(paths)]
-            columns += [pa.array(list(h), f.type) for h, f in zip(embedding, halves, strict=True)]
+            for half, field in zip(embedding, halves, strict=True):
+                columns.append(
+                    pa.FixedSizeListArray.from_arrays(half.ravel(), half.shape[1])
+                    if half.shape[1]
+                    else pa.array([[]] * len(half), field.type)
+                )
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
 
         yield write
