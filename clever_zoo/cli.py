@@ -29,7 +29,7 @@ ModelArgument = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A released name, org/repo or hf-hub:org/repo[@rev] on the Hub, or local-dir:PATH.",
+        help="A released name, org/repo or hf-hub:org/repo@rev on the Hub, or local-dir:PATH.",
     ),
 ]
 

@@ -231,7 +231,7 @@ def main(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of checkpoint and log [runs/NAME]; continued if there."),
+        typer.Option(help="Folder of the run (default: runs/NAME), continued if there."),
     ] = None,
     data: Annotated[
         Path | None,

@@ -102,10 +102,10 @@ def release(run: Path, record: dict[str, Any], folder: Path) -> ModelSpec:
 def main(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     results: Annotated[
-        Path | None, typer.Option(help="Record from training.evaluate [RUN/results.json].")
+        Path | None, typer.Option(help="Record from training.evaluate (default: RUN/results.json).")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Target [model_cards/NAME].")
+        Path | None, typer.Option("--output", "-o", help="Target (default: model_cards/NAME).")
     ] = None,
 ) -> None:
     """Write a model folder from a finished run, if it passes the release gate."""
