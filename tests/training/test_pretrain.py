@@ -1,6 +1,10 @@
 """The training loop on the bundled pictures: resume to the bit, schedules, safety stops."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +95,29 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, data, mon
     a, b = tensors(tmp_path / "whole"), tensors(run)
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
     assert [line["step"] for line in log_lines(run)] == list(range(8))
+
+
+def test_kill_nine_and_resume_change_no_bit(tmp_path: Path, fashion_mnist_folder: Path) -> None:
+    """SIGKILL at some step of a real process, then the same command again."""
+    command = [sys.executable, "-m", "training.pretrain", "clever-resnet18.fmnist", "--smoke"]
+    command += ["--data", str(fashion_mnist_folder), "--checkpoint-every-s", "0", "--out"]
+    root = Path(__file__).parents[2]
+    run = tmp_path / "killed"
+    with subprocess.Popen([*command, str(run)], cwd=root, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            if (run / "log.jsonl").exists() and len(log_lines_so_far(run)) >= 3:
+                process.kill()
+            time.sleep(0.01)
+    assert process.returncode == -signal.SIGKILL
+    for out in (run, tmp_path / "whole"):
+        subprocess.run([*command, str(out)], cwd=root, check=True, stdout=subprocess.DEVNULL)
+    a, b = tensors(run), tensors(tmp_path / "whole")
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+    assert [line["step"] for line in log_lines(run)] == list(range(8))
+
+
+def log_lines_so_far(folder: Path) -> list[str]:
+    return (folder / "log.jsonl").read_text().splitlines()
 
 
 def test_log_holds_every_term(tmp_path: Path, data: ImageSet) -> None:
