@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from clever_zoo.embedding import Embedding
+from clever_zoo.embedding import Embedding, join_batches
 from clever_zoo.errors import BackendMissingError, DataError, ImageError
 from clever_zoo.files import replacing, write_atomic
 from clever_zoo.preprocess import IMAGE_SUFFIXES, batched, image_pixels
@@ -174,21 +174,19 @@ def _parquet_writer(path: Path, spec: ModelSpec) -> Iterator[Write]:
 @contextmanager
 def _npz_writer(path: Path, spec: ModelSpec) -> Iterator[Write]:
     names: list[str] = []
-    widths = spec.invariant_dim, spec.equivariant_dim
-    parts = [Embedding(*(np.zeros((0, width), dtype=np.float32) for width in widths))]
+    batches: list[Embedding[NDArray[np.float32]]] = []
 
     def write(paths: list[str], embedding: Embedding[NDArray[np.float32]]) -> None:
         names.extend(paths)
-        parts.append(embedding)
+        batches.append(embedding)
 
     yield write
-    invariant, equivariant = (np.concatenate(half) for half in zip(*parts, strict=True))
+    halves = join_batches(batches, spec.invariant_dim, spec.equivariant_dim)
     with path.open("wb") as file:
         np.savez(
             file,
             path=np.array(names, dtype=str),
-            invariant=invariant,
-            equivariant=equivariant,
+            **halves._asdict(),
             **{key: np.array(value) for key, value in _metadata(spec).items()},  # type: ignore[arg-type]
         )
 

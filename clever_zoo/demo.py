@@ -21,7 +21,7 @@ from PIL import Image
 
 from clever_zoo.bulk import embed_files
 from clever_zoo.cli import fail
-from clever_zoo.embedding import Embedding
+from clever_zoo.embedding import Embedding, unit_rows
 from clever_zoo.encoder import Encoder, from_pretrained
 from clever_zoo.errors import CleverZooError
 from clever_zoo.samples import sample_class, sample_paths
@@ -54,11 +54,6 @@ def read_parquet(path: Path) -> Embedding[Vectors]:
     )
 
 
-def unit(rows: Vectors) -> Vectors:
-    """Rows scaled to unit length."""
-    return Embedding(rows, rows[:, :0]).normalized().invariant
-
-
 def raw_pixels(paths: list[Path]) -> Vectors:
     """The control: the bytes of each picture as one vector."""
     return np.stack([np.asarray(Image.open(p), dtype=np.float32).ravel() / 255 for p in paths])
@@ -66,7 +61,7 @@ def raw_pixels(paths: list[Path]) -> Vectors:
 
 def rank_neighbors(queries: Vectors, gallery: Vectors) -> NDArray[np.int64]:
     """(Q, N) gallery indices by falling cosine; a query's own original (same row) is left out."""
-    similarity = unit(queries) @ unit(gallery).T
+    similarity = unit_rows(queries) @ unit_rows(gallery).T
     np.fill_diagonal(similarity, -np.inf)
     return np.argsort(-similarity, axis=1)[:, :-1]
 
@@ -120,7 +115,8 @@ def draw_projection(
     figure, grid = plt.subplots(2, 2, figsize=(9, 8), layout="constrained")
     names = sorted(set(classes))
     for column, (half, rows) in enumerate(embedding._asdict().items()):
-        centered = unit(rows) - unit(rows).mean(0)
+        points_on_sphere = unit_rows(rows)
+        centered = points_on_sphere - points_on_sphere.mean(0)
         left, scale, _ = np.linalg.svd(centered, full_matrices=False)
         x, y = (left[:, :2] * scale[:2]).T
         for i, name in enumerate(names):

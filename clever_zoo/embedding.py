@@ -1,8 +1,10 @@
 """The labelled pair that everything here returns, and the split that makes it."""
 
+from collections.abc import Iterable
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clever_zoo.errors import ShapeError
 
@@ -30,12 +32,22 @@ class Embedding(NamedTuple, Generic[Array]):
 
     def normalized(self) -> "Embedding[Array]":
         """The same pair with every row of each half scaled to unit length (zero rows stay zero)."""
-        return Embedding(_unit_rows(self.invariant), _unit_rows(self.equivariant))
+        return Embedding(unit_rows(self.invariant), unit_rows(self.equivariant))
 
 
-def _unit_rows(x):  # type: ignore[no-untyped-def]
+def unit_rows(x: Array) -> Array:
+    """Rows scaled to unit length, (..., D); zero rows stay zero."""
     # Clipped under the root, where a zero row still has a gradient.
-    return x / (x * x).sum(-1, keepdims=True).clip(min=1e-24) ** 0.5
+    return x / (x * x).sum(-1, keepdims=True).clip(min=1e-24) ** 0.5  # type: ignore[operator]
+
+
+def join_batches(
+    batches: Iterable[Embedding[NDArray[np.float32]]], invariant_dim: int, equivariant_dim: int
+) -> Embedding[NDArray[np.float32]]:
+    """Batches one below the other; without any, halves of no rows and the given widths."""
+    empty = (np.zeros((0, width), dtype=np.float32) for width in (invariant_dim, equivariant_dim))
+    halves = zip(Embedding(*empty), *batches, strict=True)
+    return Embedding(*(np.concatenate(parts) for parts in halves))
 
 
 def split_features(features: Array, invariant_dim: int) -> Embedding[Array]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clever_zoo.backbones import backbone_info, build_backbone
-from clever_zoo.embedding import Embedding, split_features
+from clever_zoo.embedding import Embedding, join_batches, split_features
 from clever_zoo.errors import (
     BackendMissingError,
     IntegrityError,
@@ -114,15 +114,14 @@ class Encoder(nn.Module):
         Raises:
             ImageError: For the first bad image, with its source and index.
         """
-        widths = self.spec.invariant_dim, self.spec.equivariant_dim
-        batches = [Embedding(*(np.zeros((0, width), dtype=np.float32) for width in widths))]
+        batches = []
         done = 0
         for batch in self.embed_batches(images, batch_size=batch_size):
             batches.append(batch)
             done += len(batch.invariant)
             if on_progress is not None:
                 on_progress(done)
-        return Embedding(*(np.concatenate(halves) for halves in zip(*batches, strict=True)))
+        return join_batches(batches, self.spec.invariant_dim, self.spec.equivariant_dim)
 
     def embed_batches(
         self, images: Iterable[ImageInput], *, batch_size: int = 32
@@ -178,9 +177,10 @@ class Encoder(nn.Module):
                     "look for a broken training step"
                 )
         content = save(tensors, metadata={"format": "pt"})
-        spec = self.spec.model_copy(update={"weights": WeightFile.of(content)})
+        weights = WeightFile.of(content)
+        spec = self.spec.model_copy(update={"weights": weights})
         config = json.dumps(spec.to_config(), indent=2) + "\n"
-        write_atomic(Path(folder) / WeightFile.of(content).filename, content)
+        write_atomic(Path(folder) / weights.filename, content)
         write_atomic(Path(folder) / CONFIG_FILENAME, config.encode())
         return spec
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clever_zoo.embedding import Embedding
-from clever_zoo.encoder import Encoder, from_pretrained
+from clever_zoo.encoder import Encoder
 from clever_zoo.errors import IntegrityError
 from clever_zoo.files import locate_model
 from clever_zoo.samples import sample_paths
@@ -47,15 +47,15 @@ def check_golden(source: str | Path) -> float:
         IntegrityError: If golden.json is missing or malformed, or a value is off by more than
             1e-4 of its half's norm.
     """
-    encoder = from_pretrained(source)
-    path = locate_model(source)[1].parent / GOLDEN_FILENAME
+    spec, weights = locate_model(source)
+    path = weights.parent / GOLDEN_FILENAME
     if not path.is_file():
         raise IntegrityError(f"{path} does not exist, so the values cannot be checked")
     try:
         recorded = _flat(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"{path} holds no golden values ({error!r})") from error
-    actual = _flat(golden_values(encoder))
+    actual = _flat(golden_values(Encoder.load(spec, weights)))
     scale = {name: max(values[0], 1e-12) for name, values in actual.items()}
     # np.max, because Python's max can lose a NaN.
     worst = float(np.max([np.abs(recorded[k] - actual[k]).max() / scale[k] for k in actual]))

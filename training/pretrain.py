@@ -5,6 +5,7 @@
 The same command goes on where a stopped run left off, to the bit on a CPU.
 """
 
+import functools
 import json
 import math
 import time
@@ -72,6 +73,7 @@ def set_schedules(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, s
     return cosine(step, steps, o.ema_momentum, 1.0)
 
 
+@functools.lru_cache(maxsize=1)  # asked for at every step, made once an epoch
 def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """(steps, batch_size): a shuffle of the data set, the incomplete last batch dropped."""
     order = np.random.default_rng([seed, epoch]).permutation(count)

@@ -115,7 +115,7 @@ def main(
             raise DataError(f"{results} does not exist; write it with python -m training.evaluate")
         record = json.loads(results.read_text(encoding="utf-8"))
         spec = release(run, record, output or MODEL_CARDS / record["model"])
-    except CleverZooError as error:
+    except (CleverZooError, OSError) as error:
         fail(error)
     typer.echo(repr(spec))
 

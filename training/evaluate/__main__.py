@@ -96,9 +96,9 @@ def main(
     try:
         usable_device(device)
         record = evaluate_run(run, baseline, data, device)
+        write_atomic(output, (json.dumps(record, indent=2) + "\n").encode())
     except (CleverZooError, OSError) as error:
         fail(error)
-    write_atomic(output, (json.dumps(record, indent=2) + "\n").encode())
     typer.echo(f"wrote {output}")
 
 
