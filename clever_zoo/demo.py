@@ -60,7 +60,7 @@ def raw_pixels(paths: list[Path]) -> Vectors:
 
 
 def rank_neighbors(queries: Vectors, gallery: Vectors) -> NDArray[np.int64]:
-    """(Q, N - 1) gallery indices by falling cosine; a query's own original (same row) is left out."""
+    """(Q, N - 1) gallery indices by falling cosine, without the query's own original (same row)."""
     similarity = unit_rows(queries) @ unit_rows(gallery).T
     np.fill_diagonal(similarity, -np.inf)
     return np.argsort(-similarity, axis=1)[:, :-1]
