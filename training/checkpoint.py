@@ -1,7 +1,11 @@
-"""Checkpoints: one safetensors file that holds everything a run needs to go on to the bit."""
+"""Checkpoints: one safetensors file that holds everything a run needs to go on to the bit.
+
+Tensors and JSON alone: nothing in such a file can be executed.
+"""
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +17,8 @@ from torch import Tensor, nn
 from clever_zoo.errors import CheckpointError, RecipeError
 from clever_zoo.files import write_atomic
 from training.config import Recipe, parse_recipe
+
+CHECKPOINT = "checkpoint.safetensors"
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -33,33 +39,126 @@ def recipe_difference(saved: dict[str, Any], current: dict[str, Any]) -> list[st
     ]
 
 
-def save_checkpoint(
-    path: Path,
-    modules: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    progress: dict[str, Any],
-) -> None:
-    """Write modules, optimiser state, generator state and progress in one atomic step.
+class RunState:
+    """Everything that changes in a run: networks, optimiser, loss scale, generators.
 
     Args:
-        modules: Name (without dots) to module, such as student and teacher.
-        progress: Plain numbers to get back from `load_checkpoint`, such as the step.
+        objective: Its children are saved under their names.
+        recipe: Written into the checkpoint; another one's checkpoint is refused.
     """
-    tensors = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    for name, module in modules.items():
-        tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    header = {
-        "progress": json.dumps(progress),
-        "recipe": recipe.model_dump_json(),
-        "sha256": _digest(tensors),
-    }
-    write_atomic(path, save(tensors, metadata=header))
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        recipe: Recipe,
+    ) -> None:
+        self._objective = objective
+        self._optimizer = optimizer
+        self._scaler = scaler
+        self._recipe = recipe
+
+    def save(self, path: Path, progress: dict[str, Any]) -> None:
+        """Write the state and `progress`, plain numbers, in one atomic step.
+
+        Raises:
+            OSError: If the file cannot be written (the disk is full); an earlier one is intact.
+        """
+        tensors = {"rng.cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        tensors |= self._objective.state_dict()
+        for index, state in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        header = {
+            "progress": json.dumps(progress),
+            "recipe": self._recipe.model_dump_json(),
+            "scaler": json.dumps(self._scaler.state_dict()),
+            "sha256": _digest(tensors),
+        }
+        try:
+            write_atomic(path, save(tensors, metadata=header))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}; the last checkpoint is intact: make room and run the same "
+                "command again",
+                str(path),
+            ) from error
+
+    def keep_epoch(self, folder: Path, epoch: int, progress: dict[str, Any], count: int) -> None:
+        """Save the end of an epoch under its number, and delete all but the last `count`."""
+        self.save(folder / f"checkpoint-{epoch:04d}.safetensors", progress)
+        kept = sorted(p for p in folder.iterdir() if re.fullmatch(_EPOCH_CHECKPOINT, p.name))
+        for path in kept[:-count]:
+            path.unlink()
+
+    def resume(
+        self, folder: Path, fixed: dict[str, Any], device: torch.device, *, elastic: bool
+    ) -> dict[str, Any]:
+        """Go back to where `save` left off, if there is a checkpoint.
+
+        Args:
+            fixed: Values of the progress that must be what they were.
+            elastic: `world_size` may differ.
+
+        Returns:
+            The saved progress, or that of a fresh run.
+
+        Raises:
+            CheckpointError: If the file cannot be read, or was written under another recipe, on
+                other data or by another number of processes; lists all differences.
+        """
+        path = folder / CHECKPOINT
+        if not path.exists():
+            return {"step": 0, "seconds": 0.0}
+        content = _read(path)
+        self._check(path, content, fixed, elastic)
+        tensors = content.tensors
+        self._objective.load_state_dict(
+            {k: v for k, v in tensors.items() if not k.startswith(("optimizer.", "rng."))}
+        )
+        self._load_optimizer(_under(tensors, "optimizer"))
+        self._scaler.load_state_dict(content.scaler)
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        return content.progress
+
+    def _check(self, path: Path, content: "_Content", fixed: dict[str, Any], elastic: bool) -> None:
+        changes = recipe_difference(content.recipe, self._recipe.model_dump(mode="json"))
+        advice = "go on with that recipe, or train into another folder (--out)"
+        saved = {key: content.progress.get(key) for key in fixed}
+        if elastic:
+            saved["world_size"] = fixed["world_size"]
+        for key in (k for k in fixed if saved[k] != fixed[k]):
+            changes.append(f"{key}: checkpoint {saved[key]!r}, now {fixed[key]!r}")
+            if key == "world_size":
+                advice += "; --elastic accepts another number of processes, and rounds otherwise"
+        if changes:
+            lines = "".join(f"\n  - {line}" for line in changes)
+            raise CheckpointError(
+                f"{path} was written under another recipe, data or number of processes:{lines}\n"
+                f"What to do: {advice}."
+            )
+
+    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        groups = self._optimizer.state_dict()["param_groups"]
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            index, field = key.split(".", 1)
+            parameter = parameters[int(index)]
+            if value.shape == parameter.shape:
+                # The fused kernel reads raw memory: moments must be laid out as their parameter.
+                value = torch.empty_like(parameter).copy_(value)
+            state.setdefault(int(index), {})[field] = value
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+_EPOCH_CHECKPOINT = r"checkpoint-\d{4,}\.safetensors"
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -74,6 +173,7 @@ class _Content(NamedTuple):
     tensors: dict[str, Tensor]
     recipe: dict[str, Any]
     progress: dict[str, Any]
+    scaler: dict[str, Any]
 
 
 def _read(path: Path) -> _Content:
@@ -81,7 +181,8 @@ def _read(path: Path) -> _Content:
         with safe_open(path, framework="pt") as file:
             keys = file.keys()
             tensors, header = {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
-        content = _Content(tensors, json.loads(header["recipe"]), json.loads(header["progress"]))
+        entries = (json.loads(header[key]) for key in ("recipe", "progress", "scaler"))
+        content = _Content(tensors, *entries)
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path} is no readable checkpoint of this project ({error!r}); "
@@ -100,58 +201,22 @@ def _under(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def load_checkpoint(
-    path: Path,
-    modules: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-) -> dict[str, Any]:
-    """Put a run back where `save_checkpoint` left it; returns the saved progress.
+def load_recipe_and_encoder(path: Path) -> tuple[Recipe, dict[str, Tensor], dict[str, Any]]:
+    """The recipe, the tensors of the backbone that is the product, and the progress of a run.
 
-    Raises:
-        CheckpointError: If the file cannot be read or was written under another recipe.
-    """
-    tensors, saved_recipe, progress = _read(path)
-    changes = recipe_difference(saved_recipe, recipe.model_dump(mode="json"))
-    if changes:
-        lines = "".join(f"\n  - {line}" for line in changes)
-        raise CheckpointError(
-            f"{path} was written under another recipe:{lines}\n"
-            "Go on with that recipe, or train into another folder (--out)."
-        )
-    for name, module in modules.items():
-        module.load_state_dict(_under(tensors, name))
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in _under(tensors, "optimizer").items():
-        index, field = key.split(".", 1)
-        parameter = parameters[int(index)]
-        if value.shape == parameter.shape:
-            # The fused kernel reads raw memory: moments must be laid out as their parameter.
-            value = torch.empty_like(parameter).copy_(value)
-        state.setdefault(int(index), {})[field] = value
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return progress
-
-
-def load_recipe_and_teacher(path: Path) -> tuple[Recipe, dict[str, Tensor], dict[str, Any]]:
-    """The recipe, the teacher backbone's tensors (the product) and the progress of a run.
+    The product is the teacher, or the student of a method without one.
 
     Raises:
         CheckpointError: If the file cannot be read or its recipe is of another release.
     """
-    tensors, saved_recipe, progress = _read(path)
+    content = _read(path)
     try:
-        recipe = parse_recipe(saved_recipe, str(path))
+        recipe = parse_recipe(content.recipe, str(path))
     except RecipeError as error:
         raise CheckpointError(f"the recipe in a checkpoint does not fit: {error}") from error
-    if changes := recipe_difference(saved_recipe, recipe.model_dump(mode="json")):
+    if changes := recipe_difference(content.recipe, recipe.model_dump(mode="json")):
         raise CheckpointError(
             f"{path} was written by another release, whose recipe differs: {'; '.join(changes)}"
         )
-    return recipe, _under(tensors, "teacher"), progress
+    product = "teacher" if recipe.method_row.build.has_teacher else "student"
+    return recipe, _under(content.tensors, product), content.progress

@@ -1,47 +1,108 @@
 """CLeVER around a method: it plays on the first part of the features, the rest is kept apart."""
 
+from collections.abc import Callable, Iterable
+
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from clever_zoo.embedding import split_features
-from training.config import HeadConfig, LossConfig
-from training.losses import head_balance_loss, orthogonality_loss
-from training.methods.dino import Dino
+from training.losses import BalanceScope, BalanceShape, Reduction, head_balance_loss
+from training.methods.base import Method
+from training.schema import Section
+
+
+class CleverSection(Section):
+    """The section whose presence in a recipe wraps the method; defaults are the paper's.
+
+    `invariant_dim` None means int(0.8 D); `orthogonality_reduction` None the method's own. The
+    fields from `transform_weight` on go beyond the paper, see `training.transform`.
+    """
+
+    invariant_dim: int | None = Field(None, ge=1)
+    orthogonality_weight: float = Field(1.0, ge=0)
+    orthogonality_reduction: Reduction | None = None
+    head_balance_weight: float = Field(0.001, ge=0)
+    head_balance_scope: BalanceScope = "all"
+    head_balance_normalize: bool = False
+    head_balance_shape: BalanceShape = "absolute"
+    transform_weight: float = Field(0.0, ge=0)
+    transform_hidden_dim: int = Field(512, ge=1)
+    decorrelation_weight: float = Field(0.0, ge=0)
+    adversary_weight: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "CleverSection":
+        if self.decorrelation_weight and not self.transform_weight:
+            raise ValueError(
+                f"decorrelation_weight is {self.decorrelation_weight} without a transform_weight"
+            )
+        return self
 
 
 class Clever(nn.Module):
-    """DINO on the invariant half, a second copy of its head on the equivariant half.
+    """A method on the invariant half, a second copy of its heads on the equivariant half.
 
-    Source: arXiv 2406.00262 and the authors' ``main_dino.py``: L_CL + 1.0 L_Orth + 0.001 L_PReg.
+    Args:
+        build: Makes the method for features of a given width.
+        feature_dim: Width D of the features.
+        invariant_dim: Where they are cut.
+
+    Source: arXiv 2406.00262 and the authors' ``main_dino.py``: L_CL + 1.0 L_Orth + 0.001 L_PReg;
+    with several heads a half, the mean of L_PReg over them, as in the authors' DDCL code.
     """
 
-    def __init__(self, in_dim: int, invariant_dim: int, head: HeadConfig, loss: LossConfig) -> None:
+    def __init__(
+        self,
+        build: Callable[[int], Method],
+        feature_dim: int,
+        invariant_dim: int,
+        section: CleverSection,
+    ) -> None:
         super().__init__()
         self.invariant_dim = invariant_dim
-        self.config = loss
-        self.invariant = Dino(invariant_dim, head, loss)
-        self.equivariant = Dino(in_dim - invariant_dim, head, loss)
+        self.section = section
+        self.invariant = build(invariant_dim)
+        self.equivariant = build(feature_dim - invariant_dim)
 
     def loss_terms(
-        self, teacher_features: Tensor, student_features: Tensor, epoch: int
+        self, target_features: Tensor, online_features: Tensor, epoch: int
     ) -> dict[str, Tensor]:
         """The weighted terms of a step by name; their sum is the loss.
 
-        Shapes: teacher (T, B, D), student (S, B, D).
+        Shapes: target (T, B, D), online (S, B, D).
         """
-        teacher = split_features(teacher_features, self.invariant_dim)
-        student = split_features(student_features, self.invariant_dim)
-        terms = self.invariant.loss_terms(teacher.invariant, student.invariant, epoch)
-        logits = self.equivariant.project(teacher.equivariant, student.equivariant)
-        orthogonality = orthogonality_loss(
-            *logits, center=self.equivariant.center, **self.equivariant.temperatures(epoch)
-        )
-        self.equivariant.move_center(logits.teacher)
-        balance = head_balance_loss(self.invariant.student_head, self.equivariant.student_head)
-        terms["orthogonality"] = self.config.orthogonality_weight * orthogonality
-        terms["head_balance"] = self.config.head_balance_weight * balance
-        return terms
+        target = split_features(target_features, self.invariant_dim)
+        online = split_features(online_features, self.invariant_dim)
+        projections = self.equivariant.project(target.equivariant, online.equivariant)
+        s = self.section
+        return {
+            **self.invariant.loss_terms(target.invariant, online.invariant, epoch),
+            "orthogonality": s.orthogonality_weight
+            * self.equivariant.orthogonality(projections, epoch, s.orthogonality_reduction),
+            "head_balance": s.head_balance_weight * self._head_balance(),
+        }
 
-    def follow(self, momentum: float) -> None:
-        """Move both teacher heads after an optimiser step."""
-        self.invariant.follow(momentum)
-        self.equivariant.follow(momentum)
+    def _head_balance(self) -> Tensor:
+        s = self.section
+        heads = (half.trained_heads() for half in (self.invariant, self.equivariant))
+        pairs = [
+            head_balance_loss(
+                *pair,
+                scope=s.head_balance_scope,
+                normalize=s.head_balance_normalize,
+                shape=s.head_balance_shape,
+            )
+            for pair in zip(*heads, strict=True)
+        ]
+        return torch.stack(pairs).mean()
+
+    def frozen_parameters(self, epoch: float) -> Iterable[nn.Parameter]:
+        """Parameters of both halves that stay as they are at this (fractional) epoch."""
+        yield from self.invariant.frozen_parameters(epoch)
+        yield from self.equivariant.frozen_parameters(epoch)
+
+    def end_step(self, momentum: float) -> None:
+        """Move what follows the trained heads, after an optimiser step."""
+        self.invariant.end_step(momentum)
+        self.equivariant.end_step(momentum)

@@ -5,32 +5,30 @@ Defaults are the values of the paper's released scripts; a recipe file states wh
 
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Union
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PositiveFloat, ValidationError, field_validator, model_validator
 
 from clever_zoo.backbones import BACKBONES, model_args_problems
 from clever_zoo.errors import RecipeError
 from clever_zoo.spec import IMAGENET_MEAN, IMAGENET_STD, problem_lines
+from training.clever import CleverSection
+from training.methods import METHODS, DinoSection, MethodRow
+from training.schema import Section
 from training.views import Strength
 
 RECIPES = Path(__file__).parent / "recipes"
+SMOKE_BATCH_SIZE = 8
+
+MethodSection = Annotated[
+    Union[tuple(row.section for row in METHODS.values())],  # noqa: UP007
+    Field(discriminator="name"),
+]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class DataConfig(_Section):
+class DataConfig(Section):
     """What to train on and how pixels are normalised."""
 
     dataset: Literal["fashion-mnist", "image-folder"]
@@ -40,12 +38,17 @@ class DataConfig(_Section):
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
 
 
-class BackboneConfig(_Section):
-    """The network; `model_args` goes to timm and into the released spec."""
+class BackboneConfig(Section):
+    """The network; `model_args` goes to timm and into the released spec.
+
+    The reference's teacher drops no path but VMamba's, which drops as many as its student.
+    """
 
     name: str
-    model_args: dict[str, Any] = {}
-    drop_path_rate: float = Field(0.0, ge=0, lt=1)  # student only
+    model_args: dict[str, Any] = Field({})
+    drop_path_rate: float = Field(0.0, ge=0, lt=1)
+    teacher_drop_path_rate: float = Field(0.0, ge=0, lt=1)
+    freeze_patch_embed: bool = False  # MoCo v3 on a ViT
 
     @field_validator("name")
     @classmethod
@@ -58,18 +61,17 @@ class BackboneConfig(_Section):
     def _check_model_args(self) -> "BackboneConfig":
         if problems := model_args_problems(self.name, self.model_args):
             raise ValueError("\n".join(problems))
+        if self.teacher_drop_path_rate and not self.drop_path_rate:
+            raise ValueError(
+                f"teacher_drop_path_rate is {self.teacher_drop_path_rate}, but the network has no "
+                "paths to drop: set drop_path_rate"
+            )
+        if self.freeze_patch_embed and not self.name.startswith("vit"):
+            raise ValueError(f"freeze_patch_embed is for a ViT, not {self.name}")
         return self
 
 
-class MethodConfig(_Section):
-    """DINO, plain or wrapped by CLeVER; `invariant_dim` defaults to int(0.8 D)."""
-
-    name: Literal["dino"] = "dino"
-    clever: bool = True
-    invariant_dim: int | None = Field(None, ge=1)
-
-
-class ViewsConfig(_Section):
+class ViewsConfig(Section):
     """The multi-crop list of views."""
 
     strength: Strength = "caug"
@@ -87,43 +89,56 @@ class ViewsConfig(_Section):
         return scale
 
 
-class HeadConfig(_Section):
-    """The projection head of each half."""
+class OptimizerConfig(Section):
+    """The optimiser and its schedules; defaults are those of the DINO form.
 
-    prototypes: int = Field(65536, ge=2)
-    hidden_dim: int = Field(2048, ge=1)
-    bottleneck_dim: int = Field(256, ge=1)
-    batch_norm: bool = False
-    freeze_gain: bool = True
+    Attributes:
+        lr_per_256: Peak learning rate at batch 256, scaled linearly with the batch.
+        schedule: Whether the learning rate changes at every step or at every epoch.
+        extra_warmup_epochs: Whole epochs before the first one, at a learning rate that rises
+            epoch by epoch, after which the optimiser starts afresh (the SimSiam form).
+        weight_decay, weight_decay_end: Cosine from one to the other, step by step.
+        weight_decay_policy: What decays: "dino", all but biases and vectors (the reference);
+            "model", the same without what the backbone names as not to be decayed; "all".
+        clip_norm: Greatest gradient norm, None for no clipping.
+        clip_scope: Norm of each "tensor" on its own (the reference), or of all ("global").
+        fixed_predictor_lr: The predictor's learning rate stays at the peak.
+    """
 
-
-class LossConfig(_Section):
-    """Temperatures, centring and the weights of CLeVER's two extra terms."""
-
-    student_temp: float = Field(0.1, gt=0)
-    teacher_temp: float = Field(0.04, gt=0)
-    warmup_teacher_temp: float = Field(0.04, gt=0)
-    warmup_teacher_temp_epochs: int = Field(0, ge=0)
-    center_momentum: float = Field(0.9, ge=0, le=1)
-    orthogonality_weight: float = Field(1.0, ge=0)
-    head_balance_weight: float = Field(0.001, ge=0)
-
-
-class OptimizerConfig(_Section):
-    """AdamW, its schedules, the teacher's momentum."""
-
-    lr_per_256: float = Field(5e-4, gt=0)  # peak lr at batch 256, scaled linearly
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
+    lr_per_256: float = Field(5e-4, gt=0)
     min_lr: float = Field(1e-6, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)  # sgd and lars
+    schedule: Literal["step", "epoch"] = "step"
     warmup_epochs: float = Field(10, ge=0)
+    extra_warmup_epochs: int = Field(0, ge=0)
     weight_decay: float = Field(0.04, ge=0)
     weight_decay_end: float = Field(0.4, ge=0)
-    clip_norm: float = Field(3.0, gt=0)  # per tensor
-    ema_momentum: float = Field(0.996, ge=0, le=1)
-    freeze_last_layer_epochs: float = Field(1, ge=0)
+    weight_decay_policy: Literal["dino", "model", "all"] = "dino"
+    clip_norm: float | None = Field(3.0, gt=0)
+    clip_scope: Literal["tensor", "global"] = "tensor"
+    fixed_predictor_lr: bool = False
 
 
-class Recipe(_Section):
-    """One training run. `load_recipe` reads it from TOML."""
+class RunConfig(Section):
+    """How the arithmetic is done.
+
+    Attributes:
+        smoke: A miniature of the recipe: two steps on made-up images, on a CPU in seconds.
+        precision: "fp16" (with a loss scale) and "bf16" compute matrix products and convolutions
+            in half precision; weights and losses stay in float32.
+        compile: Compile the backbones; changes rounding alone.
+        accumulation_steps: Parts in which a process takes its share of a batch.
+    """
+
+    smoke: bool = False
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    accumulation_steps: int = Field(1, ge=1)
+
+
+class Recipe(Section):
+    """One training run. `load_recipe` reads it from TOML; with a `clever` section it is CLeVER."""
 
     name: str
     seed: int = Field(0, ge=0)
@@ -131,22 +146,36 @@ class Recipe(_Section):
     batch_size: int = Field(512, ge=2)
     data: DataConfig
     backbone: BackboneConfig
-    method: MethodConfig = MethodConfig()
+    method: MethodSection = DinoSection()  # type: ignore[valid-type]
+    clever: CleverSection | None = None
     views: ViewsConfig = ViewsConfig()
-    head: HeadConfig = HeadConfig()
-    loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> "Recipe":
         problems = []
-        cut = self.method.invariant_dim
-        if cut is not None and not self.method.clever:
-            problems.append(f"method.invariant_dim is {cut}, but without clever nothing is cut")
-        elif cut is not None and cut >= self.feature_dim:
+        cut = self.clever and self.clever.invariant_dim
+        if cut is not None and cut >= self.feature_dim:
             problems.append(
-                f"method.invariant_dim is {cut}; {self.backbone.name} has {self.feature_dim} "
+                f"clever.invariant_dim is {cut}; {self.backbone.name} has {self.feature_dim} "
                 "features, and both halves need one"
+            )
+        if self.views.local_views and not self.method_row.build.multi_crop:
+            problems.append(
+                f"views.local_views is {self.views.local_views}; {self.method.name} takes two "
+                "views, so it must be 0"
+            )
+        parts = self.run.accumulation_steps
+        if self.batch_size % parts:
+            problems.append(
+                f"run.accumulation_steps is {parts}, which does not divide batch_size "
+                f"{self.batch_size}"
+            )
+        if parts > 1 and self._couples_batch:
+            problems.append(
+                f"run.accumulation_steps is {parts}, but the loss of {self.method.name} compares "
+                "the images of a batch: it cannot be taken part by part, so it must be 1"
             )
         patch = self.backbone.model_args.get("patch_size", 16)
         for key in ("global_size_px", "local_size_px"):
@@ -169,10 +198,29 @@ class Recipe(_Section):
 
     @property
     def invariant_dim(self) -> int:
-        """Where the features are cut: the method's own value, int(0.8 D), or D without CLeVER."""
-        if not self.method.clever:
+        """Where the features are cut: the recipe's own value, int(0.8 D), or D without CLeVER."""
+        if self.clever is None:
             return self.feature_dim
-        return self.method.invariant_dim or int(0.8 * self.feature_dim)
+        return self.clever.invariant_dim or int(0.8 * self.feature_dim)
+
+    @property
+    def method_row(self) -> MethodRow:
+        """The class of the method beside its section."""
+        return METHODS[self.method.name]
+
+    @property
+    def total_epochs(self) -> int:
+        """All epochs, those of the extra warm-up too."""
+        return self.optimizer.extra_warmup_epochs + self.epochs
+
+    @property
+    def _couples_batch(self) -> bool:
+        build, clever = self.method_row.build, self.clever
+        if clever is None or build.couples_batch:
+            return build.couples_batch
+        signed = self.method.name != "dino"  # cosines of probabilities have no sign
+        mean_first = (clever.orthogonality_reduction or build.reduction) == "mean_abs"
+        return bool((signed and mean_first) or clever.decorrelation_weight)
 
     @property
     def peak_lr(self) -> float:
@@ -180,11 +228,16 @@ class Recipe(_Section):
         return self.optimizer.lr_per_256 * self.batch_size / 256
 
 
-def load_recipe(source: str | Path) -> Recipe:
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from a TOML file or by the name of a bundled one.
+
+    A file may say `extends = ["parts/a", ...]`: those files (relative to it, without .toml) are
+    merged in order, and its own values go over theirs.
 
     Args:
         source: A path that ends in .toml, or a name such as "clever-resnet18.fmnist".
+        overrides: Values that go over the file's, such as "optimizer.lr_per_256=1e-3"; the right
+            side is TOML, or a bare word.
 
     Raises:
         RecipeError: If there is no such recipe, it is no TOML, or it has mistakes; lists all.
@@ -195,11 +248,70 @@ def load_recipe(source: str | Path) -> Recipe:
     if not path.is_file():
         bundled = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
         raise RecipeError(str(source), [f"no such recipe; pass a .toml file or one of: {bundled}"])
+    content = {"name": path.stem, **_read_extended(path, ())}
+    for override in overrides:
+        content = _merged(content, _parse_override(override))
+    recipe = parse_recipe(content, str(path))
+    return smoke_version(recipe) if recipe.run.smoke else recipe
+
+
+def _read_extended(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+    if path in children:
+        raise RecipeError(str(children[0]), [f"{path} extends itself"])
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        own = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(str(children[0]), [f"extends a file that cannot be read: {error}"]) from (
+            error
+        )
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(str(path), [f"not valid TOML: {error}"]) from error
-    return parse_recipe({"name": path.stem, **content}, str(path))
+    content: dict[str, Any] = {}
+    for parent in own.pop("extends", []):
+        content = _merged(
+            content, _read_extended(path.parent / f"{parent}.toml", (*children, path))
+        )
+    return _merged(content, own)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, table by table; model_args is one value."""
+    merged = dict(below)
+    for key, value in above.items():
+        tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if tables and key != "model_args" else value
+    return merged
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(override, ["an override is KEY=VALUE, such as epochs=1"])
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return value
+
+
+def smoke_version(recipe: Recipe) -> Recipe:
+    """The same recipe in miniature: two steps on made-up images, small heads, batch and views."""
+    content = recipe.model_dump()
+    content |= {"name": f"{recipe.name}-smoke", "epochs": 1, "batch_size": SMOKE_BATCH_SIZE}
+    small = {"prototypes": 64, "hidden_dim": 64, "bottleneck_dim": 32, "output_dim": 32}
+    content["method"] |= {k: v for k, v in small.items() if k in content["method"]}
+    content["optimizer"] |= {"warmup_epochs": 0.0, "extra_warmup_epochs": 0}
+    content["run"] |= {"smoke": True, "precision": "fp32", "compile": False}
+    content["data"] |= {"dataset": "fake"}
+    views = content["views"]
+    views |= {
+        "global_size_px": min(views["global_size_px"], 64),
+        "local_size_px": min(views["local_size_px"], 32),
+        "local_views": min(views["local_views"], 2),
+    }
+    return parse_recipe(content, f"smoke version of {recipe.name}")
 
 
 def parse_recipe(content: dict[str, Any], source: str) -> Recipe:

@@ -2,7 +2,9 @@
 
 from itertools import groupby
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 from clever_zoo.backbones import build_backbone
 from training import ema
 from training.config import BackboneConfig
+from training.drop_path import SampledDropPath, choose_paths, use_sampled_drop_path
 
 
 class _DinoVisionTransformer(VisionTransformer):
@@ -41,24 +44,51 @@ def build_student(config: BackboneConfig, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     drop_path = {"drop_path_rate": config.drop_path_rate} if config.drop_path_rate else {}
     student = build_backbone(config.name, **config.model_args, **drop_path)
+    use_sampled_drop_path(student)
     if isinstance(student, VisionTransformer):
         nn.init.trunc_normal_(student.cls_token, std=0.02)
         student.__class__ = _DinoVisionTransformer
+        student.patch_embed.requires_grad_(not config.freeze_patch_embed)
     return student
 
 
-def build_teacher(student: nn.Module) -> nn.Module:
-    """A frozen copy of the student in which no path is dropped, as in the reference."""
+def build_teacher(student: nn.Module, config: BackboneConfig) -> nn.Module:
+    """A frozen copy of the student, which drops as many paths as the recipe says."""
     teacher = ema.frozen_copy(student)
-    for module in teacher.modules():
-        if hasattr(module, "drop_prob"):
-            module.drop_prob = 0.0
+    paths = [module for module in teacher.modules() if isinstance(module, SampledDropPath)]
+    for module in paths:
+        module.drop_prob *= config.teacher_drop_path_rate / config.drop_path_rate
     return teacher
 
 
-def forward_views(backbone: nn.Module, views: list[Tensor]) -> Tensor:
-    """Features of all views, views of one size in one pass: V x (B, 3, s, s) -> (V, B, D)."""
-    passes = [
-        backbone(torch.cat(list(group))) for _, group in groupby(views, key=lambda v: v.shape[-1])
-    ]
-    return torch.cat(passes).unflatten(0, (len(views), -1))
+def forward_views(
+    backbone: nn.Module,
+    views: list[Tensor],
+    samples: NDArray[np.integer],
+    *,
+    seed: int,
+    epoch: int,
+    first_view: int = 0,
+    together: bool = True,
+) -> Tensor:
+    """Features of all views: V x (B, 3, s, s) -> (V, B, D).
+
+    Args:
+        samples: Index of each image in the data set, (B,); with seed and epoch it keys the
+            dropped paths.
+        first_view: Number of the first view in those keys.
+        together: Views of one size in one pass, so that batch-norm sees them as one batch; or
+            each view in a pass of its own.
+    """
+    numbers = range(len(views))
+    passes = (
+        [list(group) for _, group in groupby(numbers, key=lambda i: views[i].shape[-1])]
+        if together
+        else [[i] for i in numbers]
+    )
+    features = []
+    for group in passes:
+        keys = range(first_view + group[0], first_view + group[-1] + 1)
+        choose_paths(backbone, samples, keys, seed=seed, epoch=epoch)
+        features.append(backbone(torch.cat([views[i] for i in group])))
+    return torch.cat(features).unflatten(0, (len(views), -1))

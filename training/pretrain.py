@@ -1,13 +1,15 @@
 """Pretrain an encoder from a recipe.
 
     python -m training.pretrain clever-resnet18.fmnist --out runs/clever-resnet18.fmnist
+    torchrun --nproc-per-node 8 -m training.pretrain clever-resnet50.in100 --data imagenet100
 
 The same command goes on where a stopped run left off, to the bit on a CPU.
 """
 
 import functools
-import json
 import math
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,58 +21,33 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clever_zoo.cli import fail
-from clever_zoo.encoder import usable_device
-from clever_zoo.errors import CheckpointError, CleverZooError, DataError, NonFiniteError
-from clever_zoo.files import write_atomic
+from clever_zoo.errors import CleverZooError, NonFiniteError, RecipeError
 from clever_zoo.spec import PreprocessSpec
-from training import ema
-from training.checkpoint import load_checkpoint, recipe_difference, save_checkpoint
-from training.clever import Clever
-from training.config import Recipe, load_recipe, parse_recipe
+from training.checkpoint import CHECKPOINT, RunState
+from training.config import Recipe, load_recipe
 from training.data import ImageSet, load_split
-from training.methods.dino import Dino
-from training.networks import build_student, build_teacher, forward_views
-from training.provenance import environment
+from training.distributed import (
+    Processes,
+    decided_by_first,
+    gradients_averaged,
+    joined_processes,
+    rows_of_processes,
+    spread,
+)
+from training.objective import Objective
+from training.optimizers import build_optimizer, clip_gradients, set_schedules
+from training.provenance import ENVIRONMENT, record_environment
 from training.runlog import RunLog
-from training.schedules import cosine, warmup_cosine
 from training.views import MultiCrop
 
-CHECKPOINT = "checkpoint.safetensors"
-ENVIRONMENT = "environment.json"
 UNFINISHED_EXIT_CODE = 3
-
-
-def build_method(recipe: Recipe) -> Dino | Clever:
-    """The recipe's objective on features of width D."""
-    if recipe.method.clever:
-        return Clever(recipe.feature_dim, recipe.invariant_dim, recipe.head, recipe.loss)
-    return Dino(recipe.feature_dim, recipe.head, recipe.loss)
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def build_views(recipe: Recipe) -> MultiCrop:
     """The recipe's list of views."""
     v, d = recipe.views, recipe.data
     return MultiCrop(**v.model_dump(), mean=d.mean, std=d.std, seed=recipe.seed)
-
-
-def build_optimizer(student: nn.Module, method: nn.Module) -> torch.optim.AdamW:
-    """AdamW with weight decay on everything but biases and vectors, as the reference groups."""
-    named = [(n, p) for m in (student, method) for n, p in m.named_parameters() if p.requires_grad]
-    plain = [p for n, p in named if n.endswith(".bias") or p.ndim == 1]
-    decayed = [p for n, p in named if not (n.endswith(".bias") or p.ndim == 1)]
-    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, fused=True)
-
-
-def set_schedules(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, steps: int) -> float:
-    """Set this step's learning rate and weight decay; returns the teacher's momentum."""
-    o = recipe.optimizer
-    warmup = int(o.warmup_epochs * steps / recipe.epochs)
-    for group in optimizer.param_groups:
-        group["lr"] = warmup_cosine(step, steps, warmup, recipe.peak_lr, o.min_lr)
-    decay = cosine(step, steps, o.weight_decay, o.weight_decay_end)
-    optimizer.param_groups[0]["weight_decay"] = decay
-    return cosine(step, steps, o.ema_momentum, 1.0)
 
 
 @functools.lru_cache(maxsize=1)  # asked for at every step, made once an epoch
@@ -80,37 +57,76 @@ def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> NDArray[n
     return order[: count // batch_size * batch_size].reshape(-1, batch_size)
 
 
-def check_finite(terms: dict[str, Tensor], step: int) -> None:
-    """Stop before a broken step changes any weight.
+def step_samples(recipe: Recipe, count: int, step: int, processes: Processes) -> NDArray[np.int64]:
+    """(parts, B): the images of a step that this process takes, part by part."""
+    epoch, within = divmod(step, count // recipe.batch_size)
+    samples = epoch_order(count, recipe.batch_size, recipe.seed, epoch)[within]
+    shares = samples.reshape(processes.world_size, recipe.run.accumulation_steps, -1)
+    return shares[processes.rank]
+
+
+def check_recipe_fits(recipe: Recipe, count: int, processes: Processes) -> None:
+    """Refuse what cannot run on this many images and processes.
 
     Raises:
-        NonFiniteError: Naming the terms and the step.
+        RecipeError: Naming all problems.
     """
-    broken = {name: term.item() for name, term in terms.items() if not term.isfinite()}
+    problems = []
+    if count < recipe.batch_size:
+        problems.append(f"{count} images do not fill one batch of {recipe.batch_size}")
+    shares = processes.world_size * recipe.run.accumulation_steps
+    if recipe.batch_size % shares:
+        problems.append(
+            f"batch_size {recipe.batch_size} cannot be divided among {processes.world_size} "
+            f"process(es) of {recipe.run.accumulation_steps} part(s) each; use a multiple of "
+            f"{shares}"
+        )
+    if problems:
+        raise RecipeError(recipe.name, problems)
+
+
+def finite_means(terms: list[dict[str, Tensor]], step: int) -> dict[str, float]:
+    """Each term's mean over a step's parts and all processes, in one transfer.
+
+    Raises:
+        NonFiniteError: Naming the terms, the step and the processes.
+    """
+    names = list(terms[0])
+    rows = torch.stack([torch.stack([part[name].detach() for name in names]) for part in terms])
+    table = rows_of_processes(rows.mean(0))
+    values = table.tolist()
+    broken = [
+        f"{name} is {value} on rank {rank}"
+        for rank, row in enumerate(values)
+        for name, value in zip(names, row, strict=True)
+        if not math.isfinite(value)
+    ]
     if broken:
         raise NonFiniteError(
-            f"step {step}: {', '.join(f'{k} is {v}' for k, v in broken.items())}; no weight was "
-            "changed. Go on from the last checkpoint with a lower learning rate."
+            f"step {step}: {', '.join(broken)}; no weight was changed. Go on from the last "
+            "checkpoint with a lower learning rate."
         )
+    return dict(zip(names, np.mean(values, axis=0).tolist(), strict=True))
 
 
-def clean_gradients(student: nn.Module, method: nn.Module, recipe: Recipe, epoch: float) -> None:
-    """Clip each tensor's gradient by its own norm; hold the prototypes still at first."""
-    frozen = epoch < recipe.optimizer.freeze_last_layer_epochs
-    for module in (student, method):
-        for name, parameter in module.named_parameters():
-            if frozen and "last_layer" in name:
-                parameter.grad = None
-            if parameter.grad is not None:
-                nn.utils.clip_grad_norm_([parameter], recipe.optimizer.clip_norm)
+def check_gradients(objective: nn.Module, norm: float, step: int) -> None:
+    """Stop before a broken gradient changes any weight.
 
-
-def record_environment(path: Path, device: str) -> None:
-    """Keep a list of every environment that a run was trained under, the first one first."""
-    seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    current = environment(device)
-    if current not in seen:
-        write_atomic(path, json.dumps([*seen, current], indent=2).encode())
+    Raises:
+        NonFiniteError: Naming the first tensors and the step.
+    """
+    if math.isfinite(norm):
+        return
+    broken = [
+        name
+        for name, parameter in objective.named_parameters()
+        if parameter.grad is not None and not parameter.grad.isfinite().all()
+    ]
+    raise NonFiniteError(
+        f"step {step}: the gradient of {', '.join(broken[:3])} is not finite "
+        f"({len(broken)} tensors); no weight was changed. Go on from the last checkpoint with a "
+        "lower learning rate, or with run.precision = 'fp32'."
+    )
 
 
 def train(
@@ -118,95 +134,113 @@ def train(
     data: ImageSet,
     out: Path,
     *,
-    device: str = "cpu",
+    processes: Processes | None = None,
     time_limit_s: float = math.inf,
     checkpoint_every_s: float = 60.0,
+    keep: int = 0,
+    elastic: bool = False,
     stop_at_step: int | None = None,
+    interrupted: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Run or continue a recipe.
 
     Args:
         data: The training images.
         out: Folder of checkpoint and log; a checkpoint in it is continued.
+        processes: Which of how many this one is; None: the only one, on the CPU.
         time_limit_s: Stop with a checkpoint after this many seconds of this call.
+        keep: How many checkpoints of past epochs to keep beside the latest.
+        elastic: Accept a checkpoint that another number of processes wrote.
         stop_at_step: Stop with a checkpoint before this step.
+        interrupted: Stop with a checkpoint once it is set.
 
     Returns:
         The progress: `step` (the next one), `steps` in all, `seconds` spent.
 
     Raises:
-        DataError: If `data` does not fill a batch.
-        CheckpointError: If `out` holds a checkpoint of another recipe or of other data.
-        NonFiniteError: If a loss term breaks.
+        RecipeError: If the data do not fill a batch or the batch cannot be divided.
+        CheckpointError: If `out` holds a checkpoint of another recipe, of other data, or of
+            another number of processes.
+        NonFiniteError: If a loss term or a gradient breaks.
     """
-    student = build_student(recipe.backbone, recipe.seed)
-    student = student.to(device, memory_format=torch.channels_last)
-    teacher = build_teacher(student)
-    method = build_method(recipe).to(device)
-    optimizer = build_optimizer(student, method)
-    modules: dict[str, nn.Module] = {"student": student, "teacher": teacher, "method": method}
+    processes = processes or Processes(torch.device("cpu"))
+    device, first = processes.device, processes.first
+    check_recipe_fits(recipe, len(data), processes)
+    steps_per_epoch = len(data) // recipe.batch_size
+    total = steps_per_epoch * recipe.total_epochs
+    end = total if stop_at_step is None else min(stop_at_step, total)
+
+    objective = Objective(recipe).to(device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(recipe.optimizer, objective.children())
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.run.precision == "fp16")
+    state = RunState(objective, optimizer, scaler, recipe)
+    fixed = {"steps": total, "data_sha256": data.digest(), "world_size": processes.world_size}
+    progress = state.resume(out, fixed, device, elastic=elastic)
+    distributed = spread(objective, processes, compiled=recipe.run.compile)
     make_views = build_views(recipe)
     images = data.images.to(device)
-
-    steps_per_epoch = len(data) // recipe.batch_size
-    if not steps_per_epoch:
-        raise DataError(f"{len(data)} images do not fill one batch of {recipe.batch_size}")
-    total = steps_per_epoch * recipe.epochs
-    end = total if stop_at_step is None else min(stop_at_step, total)
-    progress: dict[str, Any] = {"step": 0, "seconds": 0.0}
-    fixed = {"steps": total, "data_sha256": data.digest()}
-    if (out / CHECKPOINT).exists():
-        progress = load_checkpoint(out / CHECKPOINT, modules, optimizer, recipe)
-        if changes := recipe_difference({k: progress[k] for k in fixed}, fixed):
-            raise CheckpointError(
-                f"{out / CHECKPOINT} belongs to other data ({'; '.join(changes)}); continue with "
-                "the same images, or train into another folder (--out)"
-            )
-    if progress["step"] < end:
-        record_environment(out / ENVIRONMENT, device)
+    half = HALF.get(recipe.run.precision)
+    if first and progress["step"] < end:
+        record_environment(out / ENVIRONMENT, device.type)
     started = saved = time.monotonic()
     earlier_s = progress["seconds"]
 
-    with RunLog(out / "log.jsonl", first_step=progress["step"], total_steps=total) as log:
-        while progress["step"] < end and time.monotonic() - started < time_limit_s:
-            step = progress["step"]
-            epoch, within = divmod(step, steps_per_epoch)
-            samples = epoch_order(len(data), recipe.batch_size, recipe.seed, epoch)[within]
-            momentum = set_schedules(optimizer, recipe, step, total)
+    def wanted() -> bool:
+        late = time.monotonic() - started >= time_limit_s
+        stop = late or (interrupted is not None and interrupted.is_set())
+        return progress["step"] < end and not decided_by_first(stop, device)
 
-            views = make_views(images[samples], samples, epoch)
-            with torch.no_grad():
-                teacher_features = forward_views(teacher, views[:2])
-            student_features = forward_views(student, views)
-            terms = method.loss_terms(teacher_features, student_features, epoch)
-            check_finite(terms, step)
-            loss = sum(terms.values(), start=torch.zeros((), device=device))
+    with RunLog(
+        out / "log.jsonl", first_step=progress["step"], total_steps=total, enabled=first
+    ) as log:
+        while wanted():
+            step = progress["step"]
+            epoch = step // steps_per_epoch
+            samples = step_samples(recipe, len(data), step, processes)
+            rates = set_schedules(optimizer, recipe, step, steps_per_epoch)
 
             optimizer.zero_grad()
-            loss.backward()
-            clean_gradients(student, method, recipe, step / steps_per_epoch)
-            optimizer.step()
-            ema.follow(teacher, student, momentum)
-            method.follow(momentum)
+            terms = []
+            for part, rows in enumerate(samples, start=1):
+                views = make_views(images[rows], rows, epoch)
+                with gradients_averaged(distributed, last=part == len(samples)):
+                    with torch.autocast(device.type, half, enabled=half is not None):
+                        part_terms, _ = distributed(views, rows, epoch)
+                    loss = torch.stack(list(part_terms.values())).sum() / len(samples)
+                    scaler.scale(loss).backward()
+                terms.append(part_terms)
+            values = finite_means(terms, step)
+
+            for parameter in objective.method.frozen_parameters(step / steps_per_epoch):
+                parameter.grad = None
+            scaler.unscale_(optimizer)
+            norm = clip_gradients(objective.parameters(), recipe.optimizer).item()
+            if not scaler.is_enabled():  # a scaler skips such a step and lowers its scale
+                check_gradients(objective, norm, step)
+            scaler.step(optimizer)
+            scaler.update()
+            objective.end_step(rates["momentum"])
 
             now = time.monotonic()
             progress = {"step": step + 1, "seconds": earlier_s + now - started}
-            rates = {k: optimizer.param_groups[0][k] for k in ("lr", "weight_decay")}
-            values = {name: term.item() for name, term in terms.items()}
             log.step(
                 {
                     "step": step,
-                    "loss": loss.item(),
+                    "loss": sum(values.values()),
                     **values,
                     **rates,
-                    "momentum": momentum,
+                    "grad_norm": norm if math.isfinite(norm) else None,
                     "seconds": round(progress["seconds"], 3),
                 }
             )
-            if now - saved > checkpoint_every_s:
-                save_checkpoint(out / CHECKPOINT, modules, optimizer, recipe, progress | fixed)
+            due = decided_by_first(now - saved > checkpoint_every_s, device)
+            if first and due:
+                state.save(out / CHECKPOINT, progress | fixed)
                 saved = now
-    save_checkpoint(out / CHECKPOINT, modules, optimizer, recipe, progress | fixed)
+            if first and keep and (step + 1) % steps_per_epoch == 0:
+                state.keep_epoch(out, epoch, progress | fixed, keep)
+    if first:
+        state.save(out / CHECKPOINT, progress | fixed)
     return progress | fixed
 
 
@@ -218,19 +252,18 @@ def preprocess_spec(recipe: Recipe) -> PreprocessSpec:
     )
 
 
-def smoke_version(recipe: Recipe) -> Recipe:
-    """The same recipe in miniature: one epoch, small batch and head."""
-    content = recipe.model_dump()
-    content |= {"name": f"{recipe.name}-smoke", "epochs": 1, "batch_size": 16}
-    content["head"] |= {"prototypes": 64, "hidden_dim": 64, "bottleneck_dim": 32}
-    content["optimizer"] |= {"warmup_epochs": 0.25, "freeze_last_layer_epochs": 0.25}
-    return parse_recipe(content, f"smoke version of {recipe.name}")
-
-
 def main(
     recipe: Annotated[
         str, typer.Argument(help="Name of a bundled recipe or path of a .toml file.")
     ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Values that go over the recipe's, such as epochs=1, clever.transform_weight=1, "
+            "run.precision=bf16; run.smoke=true makes a miniature, to see that it runs.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of the run (default: runs/NAME), continued if there."),
@@ -239,46 +272,55 @@ def main(
         Path | None,
         typer.Option(help="Folder of the data set; Fashion-MNIST is found where Debian puts it."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1. Under torchrun, cuda is one GPU a process.")
+    ] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")] = 0,
     time_limit_min: Annotated[
         float, typer.Option(min=0, help="Stop with a checkpoint after so many minutes of training.")
     ] = math.inf,
     checkpoint_every_s: Annotated[float, typer.Option(min=0, help="Seconds.")] = 60.0,
-    smoke: Annotated[
-        bool, typer.Option("--smoke", help="A miniature on 128 images, to see that it runs.")
+    keep: Annotated[
+        int, typer.Option(min=0, help="Keep the checkpoints of this many last epochs, too.")
+    ] = 0,
+    elastic: Annotated[
+        bool,
+        typer.Option("--elastic", help="Go on with another number of processes than before."),
     ] = False,
 ) -> None:
     """Pretrain an encoder; the same command continues a stopped run, to the bit on a CPU.
 
     Writes OUT/checkpoint.safetensors (atomically), OUT/log.jsonl with every loss term of every
-    step, and OUT/environment.json. Exit code 0: finished. 2: bad input. 3: stopped by the time
-    limit.
+    step, OUT/environment.json, OUT/tensorboard, and at the end OUT/report.html. SIGTERM stops it
+    with a checkpoint. Exit code 0: finished. 2: bad input. 3: stopped before the end.
 
     Example: python -m training.pretrain clever-resnet18.fmnist --out runs/clever-resnet18.fmnist
     """
     if threads:
         torch.set_num_threads(threads)
+    interrupted = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: interrupted.set())
     try:
-        loaded = load_recipe(recipe)
-        usable_device(device)
-        images = load_split(loaded.data, data, "train")
-        if smoke:
-            loaded = smoke_version(loaded)
-            images = ImageSet(images.images[:128], images.labels[:128], images.class_names)
-        folder = out or Path("runs") / loaded.name
-        progress = train(
-            loaded,
-            images,
-            folder,
-            device=device,
-            time_limit_s=60 * time_limit_min,
-            checkpoint_every_s=checkpoint_every_s,
-        )
+        loaded = load_recipe(recipe, overrides or ())
+        with joined_processes(device) as processes:
+            images = load_split(loaded.data, data, "train")
+            folder = out or Path("runs") / loaded.name
+            progress = train(
+                loaded,
+                images,
+                folder,
+                processes=processes,
+                time_limit_s=60 * time_limit_min,
+                checkpoint_every_s=checkpoint_every_s,
+                keep=keep,
+                elastic=elastic,
+                interrupted=interrupted,
+            )
     except (CleverZooError, OSError) as error:
         fail(error)
     step, steps, seconds = (progress[key] for key in ("step", "steps", "seconds"))
-    typer.echo(f"{step} of {steps} steps, {seconds:.0f} s: {folder}")
+    if processes.first:
+        typer.echo(f"{step} of {steps} steps, {seconds:.0f} s: {folder}")
     if step < steps:
         raise typer.Exit(UNFINISHED_EXIT_CODE)
 

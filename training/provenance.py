@@ -1,5 +1,6 @@
 """Where a number comes from: commit, hardware and library versions."""
 
+import json
 import platform
 import subprocess
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import Any
 
 import torch
 
+from clever_zoo.files import write_atomic
+
+ENVIRONMENT = "environment.json"
 _CHECKOUT = Path(__file__).parent.parent
 
 
@@ -48,3 +52,11 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def record_environment(path: Path, device: str) -> None:
+    """Keep a list of every environment that a run was trained under, the first one first."""
+    seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    current = environment(device)
+    if current not in seen:
+        write_atomic(path, json.dumps([*seen, current], indent=2).encode())

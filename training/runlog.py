@@ -24,7 +24,9 @@ class RunLog:
     torn by a kill) are dropped, so that every step stands in the log once.
     """
 
-    def __init__(self, path: Path, *, first_step: int, total_steps: int) -> None:
+    def __init__(
+        self, path: Path, *, first_step: int, total_steps: int, enabled: bool = True
+    ) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = "".join(f"{line}\n" for line in lines[:first_step])
         write_atomic(path, kept.encode())

@@ -6,7 +6,7 @@ blur, solarise; every operation keeps the semantics of torchvision on Pillow ima
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -169,6 +169,13 @@ def render_view(images: Tensor, parameters: ViewParameters, size: int) -> Tensor
     return pixel_ops.solarize(x, p.solarize)
 
 
+class Views(NamedTuple):
+    """All views of a batch, each (B, 3, size, size), normalised; and what was done to each."""
+
+    pixels: list[Tensor]
+    parameters: list[ViewParameters]
+
+
 @dataclass(frozen=True)
 class MultiCrop:
     """The list of views of one run: two global ones, then the local ones.
@@ -186,7 +193,7 @@ class MultiCrop:
     std: tuple[float, float, float]
     seed: int
 
-    def __call__(self, images: Tensor, samples: NDArray[np.integer], epoch: int) -> list[Tensor]:
+    def __call__(self, images: Tensor, samples: NDArray[np.integer], epoch: int) -> Views:
         """Make all views of a batch.
 
         Args:
@@ -198,7 +205,7 @@ class MultiCrop:
         mean, std = (
             torch.tensor(v, device=images.device).view(3, 1, 1) * 255 for v in (self.mean, self.std)
         )
-        views = []
+        views = Views([], [])
         for view in range(2 + self.local_views):
             role: Role = ("global_1", "global_2")[view] if view < 2 else "local"
             size = self.global_size_px if view < 2 else self.local_size_px
@@ -213,5 +220,6 @@ class MultiCrop:
                 scale=self.global_scale if view < 2 else self.local_scale,
                 size=size,
             ).to(images.device)
-            views.append((render_view(pixels, parameters, size) - mean) / std)
+            views.pixels.append((render_view(pixels, parameters, size) - mean) / std)
+            views.parameters.append(parameters)
         return views

@@ -1,0 +1,89 @@
+"""Everything that a step computes, as one module: from views to loss terms."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from training import ema
+from training.clever import Clever
+from training.config import Recipe
+from training.methods.base import Method
+from training.networks import build_student, build_teacher, forward_views
+from training.transform import TransformTerm
+from training.views import Views
+
+TEACHER_VIEWS = 2
+TEACHER_KEY = 1 << 20  # keeps the teacher's dropped paths apart from the student's
+
+
+def build_method(recipe: Recipe) -> Method | Clever:
+    """The recipe's method on features of width D, wrapped if it says so."""
+    build = recipe.method_row.build
+    if recipe.clever is None:
+        return build(recipe.feature_dim, recipe.method)
+    return Clever(
+        lambda width: build(width, recipe.method),
+        recipe.feature_dim,
+        recipe.invariant_dim,
+        recipe.clever,
+    )
+
+
+class Objective(nn.Module):
+    """Student and, for methods that have one, its teacher; heads and losses.
+
+    The networks are those of the recipe's seed.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.student = build_student(recipe.backbone, recipe.seed)
+        self.teacher = (
+            build_teacher(self.student, recipe.backbone)
+            if recipe.method_row.build.has_teacher
+            else None
+        )
+        self.method = build_method(recipe)
+        section = recipe.clever
+        self.transform = (
+            TransformTerm(recipe.feature_dim, recipe.invariant_dim, section)
+            if section is not None and section.transform_weight
+            else None
+        )
+
+    def forward(
+        self, views: Views, samples: NDArray[np.integer], epoch: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The weighted loss terms by name, and the student's features without gradient.
+
+        Args:
+            views: All views of a batch.
+            samples: Index of each image in the data set, (B,).
+
+        Returns:
+            Scalars whose sum is the loss; features (S, B, D).
+        """
+        keys = {
+            "samples": samples,
+            "seed": self.recipe.seed,
+            "epoch": epoch,
+            "together": self.recipe.method_row.build.multi_crop,
+        }
+        online = forward_views(self.student, views.pixels, **keys)
+        target = online
+        if self.teacher is not None:
+            with torch.no_grad():
+                pixels = views.pixels[:TEACHER_VIEWS]
+                target = forward_views(self.teacher, pixels, first_view=TEACHER_KEY, **keys)
+        terms = self.method.loss_terms(target, online, epoch)
+        if self.transform is not None:
+            terms |= self.transform.loss_terms(online, views.parameters)
+        return terms, online.detach()
+
+    def end_step(self, momentum: float) -> None:
+        """Move the teacher and whatever else follows, after an optimiser step."""
+        if self.teacher is not None:
+            ema.follow(self.teacher, self.student, momentum)
+        self.method.end_step(momentum)
