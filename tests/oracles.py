@@ -72,3 +72,64 @@ def knn_class(gallery: Array, labels: list[int], query: Array, k: int, temperatu
     for i in nearest:
         votes[labels[i]] = votes.get(labels[i], 0.0) + math.exp(similarity[i] / temperature)
     return max(sorted(votes), key=lambda c: votes[c])
+
+
+def negative_cosine(target: Array, online: Array) -> float:
+    pairs = view_pairs(len(target), len(online))
+    return -float(
+        np.mean(
+            [cosine(target[t, b], online[s, b]) for t, s in pairs for b in range(len(online[0]))]
+        )
+    )
+
+
+def info_nce(keys: Array, queries: Array, temperature: float) -> float:
+    total = []
+    for t, s in view_pairs(len(keys), len(queries)):
+        for b in range(len(queries[s])):
+            scores = np.array([cosine(queries[s, b], key) for key in keys[t]]) / temperature
+            total.append(-math.log(softmax(scores)[b]))
+    return float(np.mean(total))
+
+
+def nt_xent(projections: Array, temperature: float) -> float:
+    _, batch, _ = projections.shape
+    everyone = [(v, b) for v in range(2) for b in range(batch)]
+    losses = []
+    for v, b in everyone:
+        others = [(w, c) for w, c in everyone if (w, c) != (v, b)]
+        scores = [
+            math.exp(cosine(projections[v, b], projections[w, c]) / temperature) for w, c in others
+        ]
+        losses.append(-math.log(scores[others.index((1 - v, b))] / sum(scores)))
+    return float(np.mean(losses))
+
+
+def barlow_twins(projections: Array, weight: float) -> float:
+    views = []
+    for view in projections:
+        mean, variance = view.mean(0), view.var(0)
+        views.append((view - mean) / np.sqrt(variance + 1e-5))
+    total = 0.0
+    for i in range(projections.shape[2]):
+        for j in range(projections.shape[2]):
+            c = sum(a[i] * b[j] for a, b in zip(*views, strict=True)) / projections.shape[1]
+            total += (1 - c) ** 2 if i == j else weight * c**2
+    return total
+
+
+def vicreg(projections: Array, invariance: float, variance: float, covariance: float) -> float:
+    first, second = projections
+    batch, width = first.shape
+    distance = sum(((a - b) ** 2).sum() for a, b in zip(first, second, strict=True))
+    total = invariance * distance / (batch * width)
+    for view in projections:
+        spread = [math.sqrt(view[:, j].var(ddof=1) + 1e-4) for j in range(width)]
+        total += variance * sum(max(0.0, 1 - s) for s in spread) / width / 2
+        table = np.cov(view.T)
+        total += (
+            covariance
+            * sum(table[i, j] ** 2 for i in range(width) for j in range(width) if i != j)
+            / width
+        )
+    return float(total)

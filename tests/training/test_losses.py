@@ -8,10 +8,15 @@ from torch import nn
 from tests import oracles
 from training.heads import DinoHead
 from training.losses import (
+    barlow_twins_loss,
     dino_loss,
     embedding_orthogonality_loss,
     head_balance_loss,
+    info_nce_loss,
+    negative_cosine_loss,
+    nt_xent_loss,
     orthogonality_loss,
+    vicreg_loss,
 )
 
 SWEEP = [(1, 2, 1, 2), (2, 2, 3, 5), (2, 4, 4, 17), (2, 10, 2, 33), (3, 5, 5, 8)]
@@ -143,3 +148,90 @@ def test_head_balance_ignores_frozen_gains_and_is_zero_for_equal_norms() -> None
         second.last_layer.parametrizations.weight.original0.fill_(5.0)
     assert head_balance_loss(first, second).item() == 0
     assert head_balance_loss(nn.Linear(1, 1), nn.Identity()).item() > 0
+
+
+TWO_VIEW_SWEEP = [(2, 2, 3), (2, 5, 4), (2, 8, 7)]
+
+
+@pytest.mark.parametrize(("v", "b", "d"), TWO_VIEW_SWEEP)
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 2.0])
+def test_contrastive_losses_match_the_naive_loops(rng, v, b, d, temperature) -> None:
+    z, q = logits(rng, v, b, d), logits(rng, v, b, d)
+    actual = info_nce_loss(z, q, temperature=temperature)
+    assert float(actual) == pytest.approx(
+        oracles.info_nce(z.numpy(), q.numpy(), temperature), rel=1e-9
+    )
+    actual = nt_xent_loss(z, temperature=temperature)
+    assert float(actual) == pytest.approx(oracles.nt_xent(z.numpy(), temperature), rel=1e-9)
+
+
+@pytest.mark.parametrize(("t", "s", "b", "k"), SWEEP)
+def test_negative_cosine_matches_the_naive_loops(rng, t, s, b, k) -> None:
+    target, online = logits(rng, t, b, k), logits(rng, s, b, k).requires_grad_()
+    target.requires_grad_()
+    actual = negative_cosine_loss(target, online)
+    expected = oracles.negative_cosine(target.detach().numpy(), online.detach().numpy())
+    assert float(actual) == pytest.approx(expected, rel=1e-9)
+    actual.backward()
+    assert target.grad is None
+
+
+@pytest.mark.parametrize(("v", "b", "d"), TWO_VIEW_SWEEP)
+def test_redundancy_losses_match_the_naive_loops(rng, v, b, d) -> None:
+    z = 3 * logits(rng, v, b, d)
+    actual = barlow_twins_loss(z, off_diagonal_weight=0.05)
+    assert float(actual) == pytest.approx(oracles.barlow_twins(z.numpy(), 0.05), rel=1e-9)
+    actual = vicreg_loss(z, invariance_weight=25, variance_weight=20, covariance_weight=3)
+    assert float(actual) == pytest.approx(oracles.vicreg(z.numpy(), 25, 20, 3), rel=1e-9)
+
+
+@pytest.mark.parametrize("reduction", ["mean_abs", "abs_mean", "mean_square"])
+def test_orthogonality_reductions_of_probabilities(rng, reduction) -> None:
+    teacher, student = logits(rng, 2, 4, 9), logits(rng, 3, 4, 9)
+    center = torch.zeros(9)
+    a = [[oracles.softmax(x / 0.04) for x in view] for view in teacher.numpy()]
+    b = [[oracles.softmax(x / 0.1) for x in view] for view in student.numpy()]
+    cosines = [
+        [oracles.cosine(a[t][i], b[s][i]) for i in range(4)] for t, s in oracles.view_pairs(2, 3)
+    ]
+    power = 2 if reduction == "mean_square" else 1
+    actual = orthogonality_loss(
+        teacher, student, center=center, reduction=reduction, **TEMPERATURES
+    )
+    assert float(actual) == pytest.approx(float(np.mean(np.power(cosines, power))), rel=1e-9)
+
+
+def test_both_sides_get_a_gradient_where_there_is_no_target(rng) -> None:
+    online, target = (logits(rng, 2, 3, 5).requires_grad_() for _ in range(2))
+    embedding_orthogonality_loss(online, target, detach_target=False).backward()
+    assert target.grad is not None
+    assert target.grad.abs().sum() > 0
+
+
+def test_head_balance_options() -> None:
+    torch.manual_seed(0)
+    heads = [DinoHead(width, prototypes=16, hidden_dim=4, bottleneck_dim=3) for width in (9, 5)]
+    everything = [[p for p in h.parameters() if p.requires_grad] for h in heads]
+    perceptrons = [list(h.mlp.parameters()) for h in heads]
+    for scope, groups in (("all", everything), ("mlp", perceptrons)):
+        for normalize in (False, True):
+            sums = [sum(float(p.square().sum()) for p in group) for group in groups]
+            if normalize:
+                sums = [s / sum(p.numel() for p in g) for s, g in zip(sums, groups, strict=True)]
+            a, b = sums
+            expected = {"absolute": abs(a - b), "square": (a - b) ** 2,
+                        "log_ratio": math.log(a / b) ** 2}  # fmt: skip
+            for shape, value in expected.items():
+                loss = head_balance_loss(*heads, scope=scope, normalize=normalize, shape=shape)
+                assert float(loss) == pytest.approx(value, rel=1e-4)
+
+
+def test_half_precision_arguments_are_widened(rng) -> None:
+    """float16 scores of size 60 would overflow in a float16 softmax at temperature 0.04."""
+    teacher, student = (20 * logits(rng, v, 3, 50).half() for v in (2, 3))
+    arguments = {"center": torch.zeros(50), **TEMPERATURES}
+    with torch.autocast("cpu", torch.bfloat16):
+        low = dino_loss(teacher, student, **arguments)
+    assert low.dtype == torch.float32
+    high = dino_loss(teacher.float(), student.float(), **arguments)
+    assert float(low) == float(high)

@@ -240,16 +240,6 @@ def test_prototypes_are_frozen_at_first(tmp_path: Path, data: ImageSet) -> None:
         assert not torch.equal(frozen, free)
 
 
-def test_orthogonality_leaves_the_invariant_half_alone(data: ImageSet) -> None:
-    method = build_method(recipe())
-    features = torch.randn(3, 8, 512, requires_grad=True)
-    method.loss_terms(features[:2].detach(), features, 0)["orthogonality"].backward()
-    assert features.grad is not None
-    assert not features.grad[..., :409].any()
-    assert features.grad[..., 409:].any()
-    assert all(p.grad is None for p in method.invariant.parameters())
-
-
 def test_centers_follow_the_teachers_mean_logits() -> None:
     method = build_method(recipe())
     teacher, student = torch.randn(2, 8, 512), torch.randn(3, 8, 512)

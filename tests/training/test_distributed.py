@@ -1,0 +1,81 @@
+"""Several processes on one machine, started by torchrun over gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clever_zoo.errors import RecipeError
+from training.config import load_recipe
+from training.distributed import Processes
+from training.pretrain import check_recipe_fits, step_samples
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = ["epochs=1", "batch_size=32", "optimizer.warmup_epochs=0.2", "optimizer.lr_per_256=1e-2"]
+RECIPES = {
+    "dino": [
+        "clever-vit-tiny.fmnist",
+        *("method.prototypes=64", "method.hidden_dim=32", "method.bottleneck_dim=16"),
+    ],
+    "simsiam": [
+        "clever-vit-tiny.fmnist",
+        *("method.name=mocov3", "method.hidden_dim=32", "views.local_views=0"),
+    ],
+}
+
+
+def command(processes: int, out: Path, data: Path, *recipe: str, options: tuple[str, ...] = ()):
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        start += [*options, "-m"]
+    arguments = ["training.pretrain", *recipe, *SETTINGS, "--threads", "1"]
+    return [*start, *arguments, "--data", str(data), "--out", str(out)]
+
+
+def run(processes: int, out: Path, data: Path, *recipe: str, **keywords) -> None:
+    subprocess.run(
+        command(processes, out, data, *recipe, **keywords),
+        cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_make_one_processs_curve(tmp_path: Path, fashion_mnist_folder) -> None:
+    """Same batch, views and dropped paths: the loss curves agree to rounding."""
+    for processes in (1, 2):
+        run(processes, tmp_path / str(processes), fashion_mnist_folder, *RECIPES["dino"])
+    one, two = (lines(tmp_path / name) for name in "12")
+    assert len(one) == len(two) == 9
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "contrastive", "orthogonality", "head_balance", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=2e-4), (a["step"], key)
+    assert abs(one[-1]["contrastive"] - one[0]["contrastive"]) > 0.01
+
+
+def test_shares_of_a_batch_are_disjoint_and_complete() -> None:
+    recipe = load_recipe("clever-vit-tiny.fmnist", ["run.accumulation_steps=4"])
+    whole = step_samples(
+        load_recipe("clever-vit-tiny.fmnist"), 1000, 7, Processes(torch.device("cpu"))
+    )
+    assert whole.shape == (1, 64)
+    shares = [
+        step_samples(recipe, 1000, 7, Processes(torch.device("cpu"), rank, 2)) for rank in (0, 1)
+    ]
+    assert [s.shape for s in shares] == [(4, 8), (4, 8)]
+    assert np.array_equal(np.concatenate(shares).ravel(), whole.ravel())
+
+
+def test_a_batch_that_cannot_be_divided_is_refused() -> None:
+    recipe = load_recipe("clever-vit-tiny.fmnist")
+    with pytest.raises(RecipeError, match="cannot be divided among 3") as caught:
+        check_recipe_fits(recipe, 10, Processes(torch.device("cpu"), 0, 3))
+    assert len(caught.value.problems) == 2
