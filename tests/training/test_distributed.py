@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ RECIPES = {
         "clever-vit-tiny.fmnist",
         *("method.prototypes=64", "method.hidden_dim=32", "method.bottleneck_dim=16"),
     ],
-    "simsiam": [
+    "mocov3": [
         "clever-vit-tiny.fmnist",
         *("method.name=mocov3", "method.hidden_dim=32", "views.local_views=0"),
     ],
@@ -79,3 +81,53 @@ def test_a_batch_that_cannot_be_divided_is_refused() -> None:
     with pytest.raises(RecipeError, match="cannot be divided among 3") as caught:
         check_recipe_fits(recipe, 10, Processes(torch.device("cpu"), 0, 3))
     assert len(caught.value.problems) == 2
+
+
+def workers(parent: int) -> list[int]:
+    """The training processes under a torchrun process."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [
+        int(c) for c in children if "training.pretrain" in Path(f"/proc/{c}/cmdline").read_text()
+    ]
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_worker_from_the_last_checkpoint(
+    tmp_path: Path, fashion_mnist_folder: Path
+) -> None:
+    recipe = [*RECIPES["dino"], "--checkpoint-every-s", "0"]
+    run(2, tmp_path / "whole", fashion_mnist_folder, *recipe)
+    out = tmp_path / "killed"
+    start = command(2, out, fashion_mnist_folder, *recipe, options=("--max-restarts=1",))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed = False
+    with subprocess.Popen(
+        start, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None:
+            log = out / "log.jsonl"
+            if not killed and log.exists() and len(log.read_text().splitlines()) >= 3:
+                os.kill(workers(process.pid)[1], signal.SIGKILL)
+                killed = True
+            time.sleep(0.02)
+    assert killed
+    assert process.returncode == 0
+    for a, b in zip(lines(out), lines(tmp_path / "whole"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_loss_that_compares_images_sees_the_whole_batch(
+    tmp_path: Path, fashion_mnist_folder
+) -> None:
+    """MoCo v3 on a ViT: without gathering, two processes would find their keys among half.
+
+    Its heads hold batch-norm layers, which on a CPU see a process's share alone; so only the
+    first loss, which is near the logarithm of the number of keys, is compared.
+    """
+    for processes in (1, 2):
+        run(processes, tmp_path / str(processes), fashion_mnist_folder, *RECIPES["mocov3"])
+    one, two = (lines(tmp_path / name)[0]["contrastive"] for name in "12")
+    assert one == pytest.approx(np.log(32), abs=0.4)
+    assert two == pytest.approx(one, abs=0.2)
+    assert two > np.log(16) + 0.3
