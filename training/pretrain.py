@@ -204,6 +204,7 @@ def train(
                 }
             )
             if now - saved > checkpoint_every_s:
+                log.flush()
                 save_checkpoint(out / CHECKPOINT, modules, optimizer, recipe, progress | fixed)
                 saved = now
     save_checkpoint(out / CHECKPOINT, modules, optimizer, recipe, progress | fixed)
