@@ -15,17 +15,18 @@ from clever_zoo.files import write_atomic
 from training.config import Recipe, parse_recipe
 
 
-def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys such as "head.prototypes"."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 
 def recipe_difference(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """One line for each value in which two recipes (as dictionaries) differ."""
-    a, b = _flatten(saved), _flatten(current)
+    a, b = flatten(saved), flatten(current)
     return [
         f"{key}: checkpoint {a.get(key)!r}, recipe {b.get(key)!r}"
         for key in sorted(a.keys() | b.keys())
