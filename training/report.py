@@ -280,6 +280,7 @@ def draw_curves(runs: Sequence[Run], panels: Sequence[_Panel], columns: int = 3)
     for axes, panel in zip(grid.flat, panels, strict=False):
         _draw_panel(axes, runs, panel)
         axes.tick_params(labelbottom=True)
+    figure.supxlabel("step", fontsize="medium")
     if legend:
         handles = [
             Line2D([], [], color=f"C{i}", linestyle=_line_style(i)) for i in range(len(runs))
@@ -437,9 +438,10 @@ def main(
 ) -> None:
     """Draw runs side by side as one HTML page: facts, curves, diagnostics, results.
 
-    Every half of the embedding gets a verdict: it counts as collapsed where its feature std falls
-    below 0.05, its effective rank below 2 or, the invariant half, its prototype usage below 0.1.
-    A run that is still training can be drawn too, from its first checkpoint on.
+    Each half of the embedding gets a verdict. It counts as collapsed where its
+    feature std is below 0.05, its effective rank below 2 or, in the invariant
+    half, its prototype usage below 0.1. A run that is still training can be
+    drawn too, from its first checkpoint on.
 
     Example: python -m training.report runs/clever runs/dino -o comparison.html
     """

@@ -74,7 +74,7 @@ def _status(values: Mapping[str, Any]) -> str:
     parts = [f"loss {values['loss']:.3f}"]
     if "images_per_s" in values:
         parts.append(f"{values['images_per_s']:,.0f} images/s")
-    if values.get("step_s"):
+    if {"data_s", "step_s"} <= values.keys():
         parts.append(f"data {values['data_s'] / values['step_s']:.0%}")
     return " · ".join(parts)
 
