@@ -143,14 +143,16 @@ def _facts(
 ) -> dict[str, str]:
     step, steps, seconds = (progress[key] for key in ("step", "steps", "seconds"))
     images = step * recipe["batch_size"]
+    epochs = recipe["epochs"] + recipe.get("optimizer", {}).get("extra_warmup_epochs", 0)
     facts = {
         "recipe": recipe["name"],
         "seed": str(recipe["seed"]),
         "steps": f"{step:,} of {steps:,}" + ("" if step == steps else " (unfinished)"),
-        "epochs": f"{recipe['epochs'] * step / steps:.3g} of {recipe['epochs']}",
+        "epochs": f"{epochs * step / steps:.3g} of {epochs}",
         "images seen": f"{images:,}",
         "wall time": str(datetime.timedelta(seconds=round(seconds))),
         "images/s": f"{images / max(seconds, 1e-9):,.1f}",
+        "processes": str(progress.get("world_size", 1)),
     }
     for key in dict.fromkeys(key for seen in environments for key in seen):
         values = dict.fromkeys(str(seen[key]) for seen in environments if key in seen)

@@ -67,7 +67,7 @@ def make_run(folder: Path, lines: list[dict] | None = None, **recipe) -> Path:
     with RunLog(folder / LOG, first_step=0, total_steps=120) as log:
         for values in lines:
             log.step(values)
-    progress = {"step": len(lines), "steps": 120, "seconds": 3725.0}
+    progress = {"step": len(lines), "steps": 120, "seconds": 3725.0, "world_size": 2}
     header = {"recipe": json.dumps(RECIPE | recipe), "progress": json.dumps(progress)}
     save_file({"x": np.zeros(1)}, folder / report.CHECKPOINT, metadata=header)
     (folder / report.ENVIRONMENT).write_text(
@@ -134,6 +134,8 @@ def test_one_run(tmp_path: Path) -> None:
     assert page.row("recipe") == ["clever-test"]
     assert page.row("seed") == ["7"]
     assert page.row("steps") == ["120 of 120"]
+    assert page.row("epochs") == ["4 of 4"]
+    assert page.row("processes") == ["2"]
     assert page.row("images seen") == ["3,840"]
     assert page.row("wall time") == ["1:02:05"]
     assert page.row("hardware") == ["A <fast> CPU"]
