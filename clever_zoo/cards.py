@@ -7,7 +7,7 @@ from clever_zoo.spec import ModelSpec
 Record = dict[str, Any]
 
 PARTS = ("full", "invariant", "equivariant")
-_METRICS = {
+METRICS = {
     "clean": "k-NN, clean (%)",
     "r": "k-NN, rotated ±90° (%)",
     "cj_r": "k-NN, CJ+R (%)",
@@ -24,7 +24,8 @@ DATASETS = {
 }
 
 
-def _cell(column: Record, metric: str, part: str) -> str:
+def metric_cell(column: Record, metric: str, part: str) -> str:
+    """One value of a results record as text; empty if the column has no such part."""
     values = column["angle_r2"] if metric == "angle_r2" else column["knn"][metric]
     value = values.get(part)
     if value is None:
@@ -41,9 +42,9 @@ def results_table(record: Record) -> str:
         f"| metric | part | {' | '.join(columns)} |",
         f"|---|---|{'---:|' * len(columns)}",
     ]
-    for metric, label in _METRICS.items():
+    for metric, label in METRICS.items():
         for part in PARTS:
-            cells = [_cell(column, metric, part) for column in columns.values()]
+            cells = [metric_cell(column, metric, part) for column in columns.values()]
             lines.append(f"| {label} | {part} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -4,17 +4,13 @@ Embeds the bundled pictures and rotated copies of them with the released weights
 same code as ``clever-zoo embed``, and draws a report that compares both halves and raw pixels.
 """
 
-import base64
 import html
-import io
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib as mpl
 import numpy as np
 import pyarrow.parquet as pq
 import typer
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -24,6 +20,7 @@ from clever_zoo.cli import fail
 from clever_zoo.embedding import Embedding, unit_rows
 from clever_zoo.encoder import Encoder, from_pretrained
 from clever_zoo.errors import CleverZooError
+from clever_zoo.figures import data_uri, figure_tag
 from clever_zoo.samples import sample_class, sample_paths
 
 Vectors = NDArray[np.float32]
@@ -95,7 +92,8 @@ def similarity_curves(
 
 def draw_curves(curves: dict[str, Vectors], others: dict[str, float]) -> Figure:
     """Mean and middle half of the pictures, per angle and half; dashed: different pictures."""
-    figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
     for name, values in curves.items():
         low, high = np.percentile(values, [25, 75], axis=1)
         (line,) = axes.plot(CURVE_ANGLES, values.mean(1), marker="o", markersize=3, label=name)
@@ -112,7 +110,8 @@ def draw_projection(
     embedding: Embedding[Vectors], classes: NDArray[np.str_], angles: NDArray[np.float64]
 ) -> Figure:
     """First two principal components of each half: by class above, by rotation below."""
-    figure, grid = plt.subplots(2, 2, figsize=(9, 8), layout="constrained")
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    grid = figure.subplots(2, 2)
     names = sorted(set(classes))
     for column, (half, rows) in enumerate(embedding._asdict().items()):
         points_on_sphere = unit_rows(rows)
@@ -132,23 +131,9 @@ def draw_projection(
     return figure
 
 
-def _figure_tag(figure: Figure, caption: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return (
-        f'<figure><img src="{_data_uri(buffer.getvalue())}" alt="{html.escape(caption)}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
 def _thumbnail(path: Path, css_class: str) -> str:
     name = html.escape(f"{sample_class(path)}: {path.name}")
-    source = _data_uri(path.read_bytes())
+    source = data_uri(path.read_bytes())
     return f'<img class="{css_class}" src="{source}" alt="{name}" title="{name}">'
 
 
@@ -197,7 +182,6 @@ figure {{ margin: 1rem 0 }} figure img {{ max-width: 100% }} figcaption {{ color
 
 def run_demo(out: Path, model: str) -> list[str]:
     """Write embeddings.parquet, report.html and the rotated pictures; returns the headlines."""
-    mpl.use("Agg")
     encoder = from_pretrained(model)
     originals = sample_paths()
     angles = write_rotated_copies(originals, out / "rotated")
@@ -236,11 +220,11 @@ def run_demo(out: Path, model: str) -> list[str]:
         digest=encoder.spec.weights.sha256 if encoder.spec.weights else "",
         headlines="".join(f"<li>{html.escape(line)}</li>" for line in headlines),
         neighbors=neighbor_rows(queries, originals, rankings),
-        curves=_figure_tag(
+        curves=figure_tag(
             draw_curves(curves, others),
             f"Mean and middle half of {CURVE_PICTURES} pictures; dashed: two different pictures.",
         ),
-        projection=_figure_tag(
+        projection=figure_tag(
             draw_projection(
                 embedding, np.concatenate([classes, classes]), np.array([0.0] * count + angles)
             ),

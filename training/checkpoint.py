@@ -21,17 +21,18 @@ from training.config import Recipe, parse_recipe
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys such as "head.prototypes"."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 
 def recipe_difference(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """One line for each value in which two recipes (as dictionaries) differ."""
-    a, b = _flatten(saved), _flatten(current)
+    a, b = flatten(saved), flatten(current)
     return [
         f"{key}: checkpoint {a.get(key)!r}, recipe {b.get(key)!r}"
         for key in sorted(a.keys() | b.keys())
@@ -87,13 +88,6 @@ class RunState:
                 "command again",
                 str(path),
             ) from error
-
-    def keep_epoch(self, folder: Path, epoch: int, progress: dict[str, Any], count: int) -> None:
-        """Save the end of an epoch under its number, and delete all but the last `count`."""
-        self.save(folder / f"checkpoint-{epoch:04d}.safetensors", progress)
-        kept = sorted(p for p in folder.iterdir() if re.fullmatch(_EPOCH_CHECKPOINT, p.name))
-        for path in kept[:-count]:
-            path.unlink()
 
     def resume(
         self, folder: Path, fixed: dict[str, Any], device: torch.device, *, elastic: bool
@@ -156,6 +150,16 @@ class RunState:
                 value = torch.empty_like(parameter).copy_(value)
             state.setdefault(int(index), {})[field] = value
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def keep_epoch(folder: Path, epoch: int, count: int) -> None:
+    """Keep the latest checkpoint under its epoch's number, and of such ones the last `count`."""
+    kept = folder / f"checkpoint-{epoch:04d}.safetensors"
+    kept.unlink(missing_ok=True)
+    kept.hardlink_to(folder / CHECKPOINT)
+    numbered = sorted(p for p in folder.iterdir() if re.fullmatch(_EPOCH_CHECKPOINT, p.name))
+    for path in numbered[:-count]:
+        path.unlink()
 
 
 _EPOCH_CHECKPOINT = r"checkpoint-\d{4,}\.safetensors"

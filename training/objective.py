@@ -5,9 +5,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from clever_zoo.embedding import split_features
 from training import ema
 from training.clever import Clever
 from training.config import Recipe
+from training.diagnostics import (
+    assignment_entropy,
+    effective_rank,
+    feature_std,
+    usage_entropy,
+)
 from training.methods.base import Method
 from training.networks import build_student, build_teacher, forward_views
 from training.transform import TransformTerm
@@ -81,6 +88,22 @@ class Objective(nn.Module):
         if self.transform is not None:
             terms |= self.transform.loss_terms(online, views.parameters)
         return terms, online.detach()
+
+    def diagnostics(self, features: Tensor) -> dict[str, float]:
+        """Signs of collapse of each half by name, from the first view's features (S, B, D)."""
+        halves = split_features(features[0], self.recipe.invariant_dim)._asdict()
+        found = {}
+        for name, half in halves.items():
+            if half.shape[1] == 0:
+                continue
+            found[f"{name}_std"] = feature_std(half)
+            found[f"{name}_rank"] = effective_rank(half)
+            method = getattr(self.method, name) if isinstance(self.method, Clever) else self.method
+            assignments = method.assignments(half)
+            if assignments is not None:
+                found[f"{name}_usage"] = usage_entropy(assignments)
+                found[f"{name}_assignment"] = assignment_entropy(assignments)
+        return found
 
     def end_step(self, momentum: float) -> None:
         """Move the teacher and whatever else follows, after an optimiser step."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from clever_zoo.cli import fail
 from clever_zoo.errors import CleverZooError, NonFiniteError, RecipeError
 from clever_zoo.spec import PreprocessSpec
-from training.checkpoint import CHECKPOINT, RunState
+from training.checkpoint import CHECKPOINT, RunState, keep_epoch
 from training.config import Recipe, load_recipe
 from training.data import ImageSet, load_split
 from training.distributed import (
@@ -37,7 +37,8 @@ from training.distributed import (
 from training.objective import Objective
 from training.optimizers import build_optimizer, clip_gradients, set_schedules
 from training.provenance import ENVIRONMENT, record_environment
-from training.runlog import RunLog
+from training.report import write_report
+from training.runlog import LOG, RunLog
 from training.views import MultiCrop
 
 UNFINISHED_EXIT_CODE = 3
@@ -190,9 +191,7 @@ def train(
         stop = late or (interrupted is not None and interrupted.is_set())
         return progress["step"] < end and not decided_by_first(stop, device)
 
-    with RunLog(
-        out / "log.jsonl", first_step=progress["step"], total_steps=total, enabled=first
-    ) as log:
+    with RunLog(out / LOG, first_step=progress["step"], total_steps=total, enabled=first) as log:
         while wanted():
             step = progress["step"]
             epoch = step // steps_per_epoch
@@ -229,18 +228,20 @@ def train(
                     "loss": sum(values.values()),
                     **values,
                     **rates,
-                    "grad_norm": norm if math.isfinite(norm) else None,
+                    "grad_norm": norm,
                     "seconds": round(progress["seconds"], 3),
                 }
             )
-            due = decided_by_first(now - saved > checkpoint_every_s, device)
-            if first and due:
+            ends_epoch = keep > 0 and (step + 1) % steps_per_epoch == 0
+            if first and (ends_epoch or now - saved > checkpoint_every_s):
+                log.flush()
                 state.save(out / CHECKPOINT, progress | fixed)
                 saved = now
-            if first and keep and (step + 1) % steps_per_epoch == 0:
-                state.keep_epoch(out, epoch, progress | fixed, keep)
+                if ends_epoch:
+                    keep_epoch(out, epoch, keep)
     if first:
         state.save(out / CHECKPOINT, progress | fixed)
+        write_report([out], out / "report.html")
     return progress | fixed
 
 
