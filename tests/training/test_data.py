@@ -100,9 +100,9 @@ def test_image_folders(tmp_path: Path) -> None:
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert test.images.shape == (4, 3, 16, 16)
     assert train.class_names == ("bag", "coat")
-    (tmp_path / "train/bag/broken.png").write_bytes(b"x")
+    (tmp_path / "val/bag/broken.png").write_bytes(b"x")
     with pytest.raises(DataError, match=r"broken\.png: cannot be read"):
-        load_split(FOLDER, tmp_path, "train")
+        load_split(FOLDER, tmp_path, "test")
     for path in (tmp_path / "val").rglob("*.png"):
         path.unlink()
     with pytest.raises(DataError, match="no CLASS/IMAGE files"):

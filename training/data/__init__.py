@@ -38,7 +38,7 @@ __all__ = [
 def load_split(
     config: DataConfig, root: Path | None, split: Split, *, cache_folder: Path | None = None
 ) -> ImageSet:
-    """Load one split of a recipe's data for evaluation: no image may be missing.
+    """Load one split of a recipe's data whole, as evaluation needs it.
 
     Args:
         config: The recipe's data section. With cache = "disk" the images are mapped from a file,
@@ -49,7 +49,8 @@ def load_split(
         cache_folder: Where decoded images and fetched shards are kept; None is ROOT/cache.
 
     Raises:
-        DataError: If the data are missing or malformed, or an image cannot be read.
+        DataError: If the data are missing or malformed, if a test image cannot be read, or more
+            than `config.max_bad_images` of the training images cannot.
         BackendMissingError: If the package that reads this data set is not installed.
     """
     if config.dataset == "fashion-mnist":
@@ -60,6 +61,7 @@ def load_split(
         source,
         config.image_size_px,
         folder and folder / split,
+        max_bad=config.max_bad_images if split == "train" else 0,
         description=f"decode {split}",
     )
 

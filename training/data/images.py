@@ -38,7 +38,8 @@ class ImageSet:
     """Images (N, C, H, W) uint8 with C = 1 or 3, and their classes (N,) int64.
 
     Attributes:
-        replaced: Indices (R,) int64 whose own image could not be read: another one's is there.
+        replaced: Indices (R,) int64 whose own image could not be read: another one and its class
+            are there.
         file: Where `images` is mapped from, None if it is held in memory. Only the path goes to
             another process, which maps the same file.
         listing: With `file`, the digest of what the file was decoded from.
@@ -205,7 +206,9 @@ def cached(
         pixels = np.empty(shape, dtype=np.uint8)
         _decode(reader, pixels, description)
         images = torch.from_numpy(pixels)
-        return ImageSet(images, source.labels, source.class_names, reader.replaced())
+        replaced = reader.replaced()
+        labels = _labels_of_squares(source.labels, replaced)
+        return ImageSet(images, labels, source.class_names, replaced)
     listing = _listing_digest(source, size_px)
     # Named by its content, so that a worker can never map what another data set wrote since.
     file = folder / f"{size_px}px-{listing[:12]}.bin"
@@ -218,14 +221,24 @@ def cached(
         logger.warning("%d images of %s are replaced: %s", len(record.bad), folder, record.bad)
     if len(record.bad) > max_bad:
         raise _bad_images_error(len(record.bad), len(source), max_bad, [*record.bad.values()])
+    replaced = torch.tensor(list(record.bad), dtype=torch.int64)
     return ImageSet(
         images=_map_images(file, shape),
-        labels=source.labels,
+        labels=_labels_of_squares(source.labels, replaced),
         class_names=source.class_names,
-        replaced=torch.tensor(list(record.bad), dtype=torch.int64),
+        replaced=replaced,
         file=file,
         listing=listing,
     )
+
+
+def _labels_of_squares(labels: Tensor, replaced: Tensor) -> Tensor:
+    """The class of what is at each index: for a replaced image that of its replacement."""
+    good = torch.ones(len(labels), dtype=torch.bool)
+    good[replaced] = False
+    readable = good.nonzero().flatten()
+    next_readable = torch.searchsorted(readable, torch.arange(len(labels))) % len(readable)
+    return labels[readable[next_readable]]
 
 
 class _CacheRecord(BaseModel):
