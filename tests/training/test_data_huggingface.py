@@ -1,6 +1,7 @@
 """Data sets of the `datasets` library, opened offline from folders."""
 
 import io
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ def expected_squares() -> torch.Tensor:
 @pytest.mark.parametrize("cache", ["memory", "disk", "stream"])
 def test_folders_are_read_offline(folders: Path, name: str, cache: str) -> None:
     data = load_train_images(config(name, cache=cache), folders)
+    data = pickle.loads(pickle.dumps(data))  # noqa: S301, as for a spawned worker
     assert torch.equal(data.__getitems__(range(10)).images, expected_squares())
     assert data.labels.tolist() == [0, 1, 2, 3, 4] * 2
     assert data.class_names == tuple(f"class {i}" for i in range(5))

@@ -3,9 +3,11 @@
 import itertools
 import logging
 import os
+import pickle
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,8 +106,6 @@ def test_dataloader_workers(photos: Path, cache: str, context: str) -> None:
 
 def test_what_travels_to_a_worker_is_small(photos: Path) -> None:
     """A spawned worker gets the path of a mapped file, not its pixels."""
-    import pickle
-
     data = load_train_images(config(cache="disk"), photos)
     assert len(pickle.dumps(data)) < 5000 < 24 * 3 * SIZE * SIZE
 
@@ -118,6 +118,21 @@ def test_the_cache_is_used_again(photos: Path, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(first.images, second.images)
     assert first.file == second.file
     assert torch.equal(first.images, load_split(config(), photos, "train").images)
+
+
+def test_processes_wait_for_the_one_that_decodes(tmp_path: Path) -> None:
+    reads = []
+
+    class Counted(FakeSource):
+        def read(self, index: int) -> np.ndarray:
+            reads.append(index)
+            return super().read(index)
+
+    source = Counted(40, 16, "train")
+    with ThreadPoolExecutor() as pool:
+        ranks = list(pool.map(lambda _: cached(source, 16, tmp_path), range(3)))
+    assert sorted(reads) == list(range(40))
+    assert torch.equal(ranks[0].images, ranks[2].images)
 
 
 def test_a_stale_cache_is_made_again(photos: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import pickle
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -67,6 +68,7 @@ def expected_squares() -> torch.Tensor:
 @pytest.mark.parametrize("cache", ["memory", "disk", "stream"])
 def test_samples_of_local_shards(shards: Path, cache: str) -> None:
     data = load_train_images(config(shards="train-{000000..000001}.tar", cache=cache), shards)
+    data = pickle.loads(pickle.dumps(data))  # noqa: S301, as for a spawned worker
     assert torch.equal(data.__getitems__(range(10)).images, expected_squares())
     assert data.labels.tolist() == [0, 1, 2, 3, 4] * 2
     assert data.class_names == ("0", "1", "2", "3", "4")

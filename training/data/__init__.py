@@ -91,8 +91,7 @@ def load_train_images(
         images = ImageSet(data.images[:limit], data.labels[:limit], data.class_names)
         _check_count(len(images), at_least)
         return TrainImages(images)
-    source = open_source(config, root, "train", cache_folder=cache_folder)
-    name = "train"
+    source, name = open_source(config, root, "train", cache_folder=cache_folder), "train"
     if limit is not None:
         source, name = First(source, limit), f"train-first-{limit}"
     _check_count(len(source), at_least)
@@ -130,7 +129,7 @@ def open_source(
                 raise DataError("an image-folder data set needs its folder: pass --data DIR")
             return FolderSource(root, split)
         case "huggingface":
-            name = config.hf_name
+            name = config.hf_name or ""
             if root is not None and name.startswith("."):
                 name = str((root / name).resolve())
             return HuggingFaceSource(

@@ -47,8 +47,8 @@ def load_fashion_mnist(root: Path | None, split: Split) -> ImageSet:
     base = root or DEBIAN_FASHION_MNIST
     prefix = "train" if split == "train" else "t10k"
     names = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
-    paths = [_find_idx(base, name) for name in names]
-    if missing := [f"{name}[.gz]" for name, path in zip(names, paths, strict=True) if not path]:
+    paths = [path for name in names if (path := _find_idx(base, name))]
+    if missing := [f"{name}[.gz]" for name in names if not _find_idx(base, name)]:
         raise DataError(
             f"Fashion-MNIST file {' and '.join(missing)} not found in "
             f"{', '.join(map(str, _folders(base)))}; install Debian's package "

@@ -338,7 +338,7 @@ class TrainImages(Dataset[Batch]):
         Raises:
             DataError: If more images are unreadable than the recipe allows.
         """
-        samples = torch.as_tensor(indices, dtype=torch.int64)
+        samples = torch.from_numpy(np.array(indices, dtype=np.int64))
         images, replaced = self._images.take(samples)
         return Batch(images, samples, replaced)
 

@@ -8,13 +8,15 @@ import tarfile
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from braceexpand import braceexpand
 from filelock import FileLock
 from numpy.typing import NDArray
 from rich.progress import (
@@ -26,7 +28,7 @@ from rich.progress import (
     track,
 )
 
-from clever_zoo.errors import BackendMissingError, DataError
+from clever_zoo.errors import DataError
 from clever_zoo.files import replacing
 from clever_zoo.preprocess import decode_image
 from training.data.sources import data_error, sha256, some
@@ -99,7 +101,7 @@ class ShardSource:
 
 def _index_shard(path: Path, problems: list[str]) -> list[_Sample]:
     images: dict[str, tarfile.TarInfo] = {}
-    classes: dict[str, str] = {}
+    classes: dict[str, tarfile.TarInfo] = {}
     end = 0
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -109,13 +111,13 @@ def _index_shard(path: Path, problems: list[str]) -> list[_Sample]:
                 stem, _, extension = name.partition(".")
                 key, extension = folder + slash + stem, extension.lower()
                 if member.isfile() and extension in (*IMAGE_EXTENSIONS, CLASS_EXTENSION):
-                    there: dict = classes if extension == CLASS_EXTENSION else images
+                    there = classes if extension == CLASS_EXTENSION else images
                     if key in there:
                         problems.append(f"{path}: duplicate key {key!r} ({member.name})")
                     there[key] = member
             file.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                problems.append(f"{path} is cut short: no end mark; fetch or write it again")
+                problems.append(f"{path} is cut short: no end mark; delete it to fetch it again")
                 return []
             labels = {key: _read_class(file, member) for key, member in classes.items()}
     except FileNotFoundError:
@@ -139,7 +141,7 @@ def _index_shard(path: Path, problems: list[str]) -> list[_Sample]:
     ]
 
 
-def _read_class(file, member: tarfile.TarInfo) -> int | None:
+def _read_class(file: BinaryIO, member: tarfile.TarInfo) -> int | None:
     file.seek(member.offset_data)
     digits = file.read(member.size).strip()
     return int(digits) if digits.isdigit() else None
@@ -157,14 +159,7 @@ def find_shards(pattern: str, root: Path | None, cache_folder: Path | None) -> l
 
     Raises:
         DataError: If the pattern is malformed or a shard is missing or cut short; lists all.
-        BackendMissingError: If braceexpand is not installed.
     """
-    try:
-        from braceexpand import braceexpand
-    except ImportError as error:
-        raise BackendMissingError(
-            'shards need the package braceexpand: pip install "clever-zoo[train]"'
-        ) from error
     try:
         names = list(braceexpand(pattern))
     except ValueError as error:
@@ -189,7 +184,7 @@ def find_shards(pattern: str, root: Path | None, cache_folder: Path | None) -> l
     return paths
 
 
-def _fetch_all(urls: list[str], fetch) -> list[Path]:
+def _fetch_all(urls: list[str], fetch: Callable[..., Path]) -> list[Path]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     problems: list[str] = []
 

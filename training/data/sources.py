@@ -24,15 +24,17 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 class ImageSource(Protocol):
-    """N images that are read by index, from any process.
+    """N images that are read by index, from any process."""
 
-    Attributes:
-        labels: Classes (N,) int64.
-        class_names: Name of each class.
-    """
+    @property
+    def labels(self) -> Tensor:
+        """Classes (N,) int64."""
+        ...
 
-    labels: Tensor
-    class_names: tuple[str, ...]
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each class."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -304,7 +306,9 @@ class FakeSource:
         blobs = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
         blobs[..., 0] = 255 * (index % FAKE_CLASSES) // FAKE_CLASSES
         size = (int(self.size_px * rng.uniform(1, 1.5)), self.size_px)
-        hsv = Image.fromarray(blobs).resize(size if index % 2 else size[::-1], Image.BICUBIC)
+        hsv = Image.fromarray(blobs).resize(
+            size if index % 2 else size[::-1], Image.Resampling.BICUBIC
+        )
         pixels = np.asarray(Image.merge("HSV", hsv.split()).convert("RGB")).astype(np.int16)
         grain = rng.integers(-8, 9, pixels.shape, dtype=np.int16)
         return (pixels + grain).clip(0, 255).astype(np.uint8)
