@@ -89,6 +89,14 @@ def test_a_corrupt_member_is_replaced(shards: Path) -> None:
     assert batch.replaced.tolist() == [0]
 
 
+def test_a_shard_that_vanishes_is_named(shards: Path) -> None:
+    stream = config(shards="train-{000000..000001}.tar", cache="stream", max_bad_images=2)
+    data = load_train_images(stream, shards)
+    (shards / "train-000000.tar").unlink()
+    with pytest.raises(DataError, match=r"train-000000\.tar, member \S+: the shard cannot be read"):
+        data.__getitems__([0, 7])
+
+
 def test_all_problems_of_all_shards_are_listed(shards: Path) -> None:
     png = encoded(PATHS[0], "png")
     write_shard(

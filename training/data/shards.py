@@ -28,7 +28,7 @@ from rich.progress import (
     track,
 )
 
-from clever_zoo.errors import DataError
+from clever_zoo.errors import DataError, ImageError
 from clever_zoo.files import replacing
 from clever_zoo.preprocess import decode_image
 from training.data.sources import data_error, sha256, some
@@ -87,10 +87,13 @@ class ShardSource:
         """See `ImageSource`."""
         path = self._paths[self._shards[index]]
         offset, size_bytes = map(int, self._places[index])
-        with path.open("rb") as file:
-            file.seek(offset)
-            content = file.read(size_bytes)
         name = f"{path}, member {os.fsdecode(self._keys[index])}"
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                content = file.read(size_bytes)
+        except OSError as error:
+            raise ImageError(name, index, f"the shard cannot be read: {error}") from error
         return np.asarray(decode_image(content, name, index))
 
     def digest(self) -> str:
