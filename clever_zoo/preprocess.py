@@ -1,5 +1,6 @@
 """Image -> pixels, with Pillow and NumPy alone, so that every runtime sees the same numbers."""
 
+import io
 import itertools
 import struct
 from collections.abc import Iterable, Iterator
@@ -43,15 +44,28 @@ def load_image(source: ImageInput, index: int = 0) -> Image.Image:
         raise ImageError(
             type(source).__name__, index, "pass a path, a PIL image or an (H, W, 3) uint8 array"
         )
+    return _open(source, str(source), index)
+
+
+def decode_image(content: bytes, name: str, index: int = 0) -> Image.Image:
+    """As `load_image`, for the content of an image file; `name` is for the error message.
+
+    Raises:
+        ImageError: See `load_image`.
+    """
+    return _open(io.BytesIO(content), name, index)
+
+
+def _open(file: str | Path | io.BytesIO, name: str, index: int) -> Image.Image:
     try:
-        with Image.open(source) as image:
-            return _to_rgb(image, str(source), index)
+        with Image.open(file) as image:
+            return _to_rgb(image, name, index)
     except FileNotFoundError as error:
-        raise ImageError(str(source), index, "no such file") from error
+        raise ImageError(name, index, "no such file") from error
     except ImageError:
         raise
     except _UNREADABLE as error:
-        raise ImageError(str(source), index, f"cannot be read as an image: {error}") from error
+        raise ImageError(name, index, f"cannot be read as an image: {error}") from error
 
 
 def _from_array(array: NDArray[np.uint8], index: int) -> Image.Image:

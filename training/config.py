@@ -27,15 +27,56 @@ MethodSection = Annotated[
     Field(discriminator="name"),
 ]
 
+_DATASET_KEYS = {  # keys of the data section that mean something to one data set only
+    "huggingface": [
+        "hf_name",
+        "hf_config",
+        "hf_train_split",
+        "hf_test_split",
+        "image_column",
+        "label_column",
+    ],
+    "webdataset": ["shards", "test_shards"],
+    "fake": ["fake_images"],
+}
+
 
 class DataConfig(Section):
-    """What to train on and how pixels are normalised."""
+    """What to train on, how it is kept and how pixels are normalised."""
 
-    dataset: Literal["fashion-mnist", "image-folder"]
-    image_size_px: int = Field(256, ge=8)  # image-folder: the square that is kept in memory
+    dataset: Literal["fashion-mnist", "image-folder", "huggingface", "webdataset", "fake"]
+    cache: Literal["memory", "disk", "stream"] = "memory"  # decoded images: where, or each time
+    image_size_px: int = Field(256, ge=8)  # the square that is kept; fashion-mnist has its own
+    max_bad_images: int = Field(100, ge=0)  # unreadable training images that may be replaced
+    hf_name: str | None = None  # huggingface: org/name on the Hub, or a folder (absolute or ./)
+    hf_config: str | None = None
+    hf_train_split: str = "train"
+    hf_test_split: str = "test"
+    image_column: str = "image"
+    label_column: str = "label"
+    shards: str | None = None  # webdataset: such as train-{000000..000146}.tar or https://...
+    test_shards: str | None = None
+    fake_images: int = Field(1024, ge=1)  # fake: images in each split
     crop_pct: float = Field(0.875, gt=0, le=1)  # of the released encoder's evaluation transform
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
+
+    @model_validator(mode="after")
+    def _check_dataset(self) -> "DataConfig":
+        problems = []
+        for dataset, keys in _DATASET_KEYS.items():
+            extra = [k for k in keys if getattr(self, k) != DataConfig.model_fields[k].default]
+            if extra and dataset != self.dataset:
+                problems.append(f"{', '.join(extra)}: for {dataset!r}, not for {self.dataset!r}")
+        if self.dataset == "huggingface" and self.hf_name is None:
+            problems.append("hf_name is missing; write org/name or the path of a folder")
+        if self.dataset == "webdataset" and self.shards is None:
+            problems.append("shards is missing; write a pattern such as train-{000000..000146}.tar")
+        if self.dataset == "fashion-mnist" and self.cache != "memory":
+            problems.append(f"cache is {self.cache!r}; fashion-mnist is always held in memory")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class BackboneConfig(Section):
@@ -304,7 +345,12 @@ def smoke_version(recipe: Recipe) -> Recipe:
     content["method"] |= {k: v for k, v in small.items() if k in content["method"]}
     content["optimizer"] |= {"warmup_epochs": 0.0, "extra_warmup_epochs": 0}
     content["run"] |= {"smoke": True, "precision": "fp32", "compile": False}
-    content["data"] |= {"dataset": "fake"}
+    kept = ("image_size_px", "crop_pct", "mean", "std")
+    content["data"] = {key: content["data"][key] for key in kept} | {
+        "dataset": "fake",
+        "image_size_px": min(content["data"]["image_size_px"], 64),
+        "fake_images": 2 * SMOKE_BATCH_SIZE,
+    }
     views = content["views"]
     views |= {
         "global_size_px": min(views["global_size_px"], 64),

@@ -6,7 +6,6 @@
 The same command goes on where a stopped run left off, to the bit on a CPU.
 """
 
-import functools
 import math
 import signal
 import threading
@@ -17,7 +16,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clever_zoo.cli import fail
@@ -25,7 +23,7 @@ from clever_zoo.errors import CleverZooError, NonFiniteError, RecipeError
 from clever_zoo.spec import PreprocessSpec
 from training.checkpoint import CHECKPOINT, RunState, keep_epoch
 from training.config import Recipe, load_recipe
-from training.data import ImageSet, load_split
+from training.data import TrainImages, load_train_images
 from training.distributed import (
     Processes,
     decided_by_first,
@@ -34,6 +32,7 @@ from training.distributed import (
     rows_of_processes,
     spread,
 )
+from training.loader import step_batches
 from training.objective import Objective
 from training.optimizers import build_optimizer, clip_gradients, set_schedules
 from training.provenance import ENVIRONMENT, record_environment
@@ -42,6 +41,7 @@ from training.runlog import LOG, RunLog
 from training.views import MultiCrop
 
 UNFINISHED_EXIT_CODE = 3
+DIAGNOSTICS_EVERY_STEPS = 50
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -49,21 +49,6 @@ def build_views(recipe: Recipe) -> MultiCrop:
     """The recipe's list of views."""
     v, d = recipe.views, recipe.data
     return MultiCrop(**v.model_dump(), mean=d.mean, std=d.std, seed=recipe.seed)
-
-
-@functools.lru_cache(maxsize=1)  # asked for at every step, made once an epoch
-def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """(steps, batch_size): a shuffle of the data set, the incomplete last batch dropped."""
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    return order[: count // batch_size * batch_size].reshape(-1, batch_size)
-
-
-def step_samples(recipe: Recipe, count: int, step: int, processes: Processes) -> NDArray[np.int64]:
-    """(parts, B): the images of a step that this process takes, part by part."""
-    epoch, within = divmod(step, count // recipe.batch_size)
-    samples = epoch_order(count, recipe.batch_size, recipe.seed, epoch)[within]
-    shares = samples.reshape(processes.world_size, recipe.run.accumulation_steps, -1)
-    return shares[processes.rank]
 
 
 def check_recipe_fits(recipe: Recipe, count: int, processes: Processes) -> None:
@@ -132,9 +117,10 @@ def check_gradients(objective: nn.Module, norm: float, step: int) -> None:
 
 def train(
     recipe: Recipe,
-    data: ImageSet,
+    data: TrainImages,
     out: Path,
     *,
+    workers: int = 0,
     processes: Processes | None = None,
     time_limit_s: float = math.inf,
     checkpoint_every_s: float = 60.0,
@@ -148,6 +134,7 @@ def train(
     Args:
         data: The training images.
         out: Folder of checkpoint and log; a checkpoint in it is continued.
+        workers: Processes that read images ahead.
         processes: Which of how many this one is; None: the only one, on the CPU.
         time_limit_s: Stop with a checkpoint after this many seconds of this call.
         keep: How many checkpoints of past epochs to keep beside the latest.
@@ -179,7 +166,7 @@ def train(
     progress = state.resume(out, fixed, device, elastic=elastic)
     distributed = spread(objective, processes, compiled=recipe.run.compile)
     make_views = build_views(recipe)
-    images = data.images.to(device)
+    batches = step_batches(data, recipe, range(progress["step"], end), processes, workers)
     half = HALF.get(recipe.run.precision)
     if first and progress["step"] < end:
         record_environment(out / ENVIRONMENT, device.type)
@@ -193,19 +180,24 @@ def train(
 
     with RunLog(out / LOG, first_step=progress["step"], total_steps=total, enabled=first) as log:
         while wanted():
-            step = progress["step"]
+            step, began = progress["step"], time.monotonic()
             epoch = step // steps_per_epoch
-            samples = step_samples(recipe, len(data), step, processes)
+            batch = next(batches)
+            images = batch.images.to(device, non_blocking=True)
+            parts = batch.samples.numpy().reshape(recipe.run.accumulation_steps, -1)
+            waited_s = time.monotonic() - began
             rates = set_schedules(optimizer, recipe, step, steps_per_epoch)
 
             optimizer.zero_grad()
             terms = []
-            for part, rows in enumerate(samples, start=1):
-                views = make_views(images[rows], rows, epoch)
-                with gradients_averaged(distributed, last=part == len(samples)):
+            for i, (pixels, samples) in enumerate(
+                zip(images.chunk(len(parts)), parts, strict=True)
+            ):
+                views = make_views(pixels, samples, epoch)
+                with gradients_averaged(distributed, last=i == len(parts) - 1):
                     with torch.autocast(device.type, half, enabled=half is not None):
-                        part_terms, _ = distributed(views, rows, epoch)
-                    loss = torch.stack(list(part_terms.values())).sum() / len(samples)
+                        part_terms, features = distributed(views, samples, epoch)
+                    loss = torch.stack(list(part_terms.values())).sum() / len(parts)
                     scaler.scale(loss).backward()
                 terms.append(part_terms)
             values = finite_means(terms, step)
@@ -222,16 +214,19 @@ def train(
 
             now = time.monotonic()
             progress = {"step": step + 1, "seconds": earlier_s + now - started}
-            log.step(
-                {
-                    "step": step,
-                    "loss": sum(values.values()),
-                    **values,
-                    **rates,
-                    "grad_norm": norm,
-                    "seconds": round(progress["seconds"], 3),
-                }
-            )
+            record = {"step": step, "epoch": step / steps_per_epoch, "loss": sum(values.values())}
+            record |= values | rates | {"grad_norm": norm}
+            if first and step % DIAGNOSTICS_EVERY_STEPS == 0:
+                record |= objective.diagnostics(features)
+            if len(batch.replaced):
+                record["replaced_images"] = len(batch.replaced)
+            record |= {
+                "images_per_s": recipe.batch_size / (now - began),
+                "step_s": now - began,
+                "data_s": waited_s,
+                "seconds": progress["seconds"],
+            }
+            log.step(record)
             ends_epoch = keep > 0 and (step + 1) % steps_per_epoch == 0
             if first and (ends_epoch or now - saved > checkpoint_every_s):
                 log.flush()
@@ -241,7 +236,8 @@ def train(
                     keep_epoch(out, epoch, keep)
     if first:
         state.save(out / CHECKPOINT, progress | fixed)
-        write_report([out], out / "report.html")
+        if progress["step"]:
+            write_report([out], out / "report.html")
     return progress | fixed
 
 
@@ -273,6 +269,13 @@ def main(
         Path | None,
         typer.Option(help="Folder of the data set; Fashion-MNIST is found where Debian puts it."),
     ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for decoded images and fetched shards (default: DATA/cache)."),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that read images ahead; 0: none.")
+    ] = 0,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1. Under torchrun, cuda is one GPU a process.")
     ] = "cpu",
@@ -304,12 +307,15 @@ def main(
     try:
         loaded = load_recipe(recipe, overrides or ())
         with joined_processes(device) as processes:
-            images = load_split(loaded.data, data, "train")
+            images = load_train_images(
+                loaded.data, data, at_least=loaded.batch_size, cache_folder=cache
+            )
             folder = out or Path("runs") / loaded.name
             progress = train(
                 loaded,
                 images,
                 folder,
+                workers=workers,
                 processes=processes,
                 time_limit_s=60 * time_limit_min,
                 checkpoint_every_s=checkpoint_every_s,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clever_zoo.errors import DataError, ImageError
+from clever_zoo.errors import DataError
 from clever_zoo.samples import sample_paths
 from training.config import DataConfig
 from training.data import DEBIAN_FASHION_MNIST, load_fashion_mnist, load_split
@@ -84,6 +84,11 @@ def test_missing_data_says_what_to_install(tmp_path: Path) -> None:
         load_split(FOLDER, tmp_path, "train")
 
 
+def test_all_missing_files_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"t10k-images\S+ and t10k-labels"):
+        load_fashion_mnist(tmp_path, "test")
+
+
 def test_image_folders(tmp_path: Path) -> None:
     for split, count in (("train", 3), ("val", 2)):
         for name in ("bag", "coat"):
@@ -95,9 +100,9 @@ def test_image_folders(tmp_path: Path) -> None:
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert test.images.shape == (4, 3, 16, 16)
     assert train.class_names == ("bag", "coat")
-    (tmp_path / "train/bag/broken.png").write_bytes(b"x")
-    with pytest.raises(ImageError, match=r"broken\.png"):
-        load_split(FOLDER, tmp_path, "train")
+    (tmp_path / "val/bag/broken.png").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"broken\.png: cannot be read"):
+        load_split(FOLDER, tmp_path, "test")
     for path in (tmp_path / "val").rglob("*.png"):
         path.unlink()
     with pytest.raises(DataError, match="no CLASS/IMAGE files"):

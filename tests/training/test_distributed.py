@@ -15,7 +15,8 @@ import torch
 from clever_zoo.errors import RecipeError
 from training.config import load_recipe
 from training.distributed import Processes
-from training.pretrain import check_recipe_fits, step_samples
+from training.loader import step_samples
+from training.pretrain import check_recipe_fits
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["epochs=1", "batch_size=32", "optimizer.warmup_epochs=0.2", "optimizer.lr_per_256=1e-2"]
