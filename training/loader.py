@@ -4,6 +4,7 @@ import functools
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 
@@ -61,5 +62,6 @@ def step_batches(
         collate_fn=_unchanged,
         num_workers=workers,
         pin_memory=processes.device.type == "cuda",
+        generator=torch.Generator(),  # the global one belongs to what is trained
     )
     return iter(loader)
