@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -21,7 +24,8 @@ from training import pretrain
 from training.checkpoint import CHECKPOINT, load_recipe_and_encoder
 from training.clever import Clever
 from training.config import RECIPES, Recipe, load_recipe, parse_recipe
-from training.data import ImageSet, TrainImages
+from training.data import ImageSet, TrainImages, load_train_images
+from training.drop_path import SampledDropPath, choose_paths
 from training.networks import build_student, build_teacher, forward_views
 from training.objective import build_method
 from training.optimizers import build_optimizer, clip_gradients, set_schedules
@@ -77,8 +81,6 @@ def log_lines(folder: Path) -> list[dict]:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(folder / CHECKPOINT)
 
 
@@ -430,3 +432,210 @@ def test_command_line(tmp_path: Path, fashion_mnist_folder: Path) -> None:
     (environment,) = json.loads((tmp_path / "run/environment.json").read_text())
     assert {"commit", "hardware", "torch"} <= environment.keys()
     assert runner.invoke(app, ["no-such-recipe"]).exit_code == 2
+
+
+def test_a_broken_gradient_stops_before_the_step(tmp_path: Path, data, monkeypatch) -> None:
+    real = Clever.loss_terms
+
+    def broken(self, target, online, epoch):
+        online.register_hook(lambda gradient: gradient * float("inf"))
+        return real(self, target, online, epoch)
+
+    monkeypatch.setattr(Clever, "loss_terms", broken)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("stepped"))
+    with pytest.raises(NonFiniteError, match=r"step 0: the gradient of student\.conv1\.weight"):
+        pretrain.train(recipe(), data, tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, data: TrainImages) -> None:
+    """The write really fails: no file may grow beyond what was just written."""
+    import resource
+
+    pretrain.train(recipe(), data, tmp_path, stop_at_step=2)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(OSError, match="the last checkpoint is intact: make room") as caught:
+            pretrain.train(recipe(), data, tmp_path, checkpoint_every_s=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(tmp_path / CHECKPOINT) in str(caught.value)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+    assert pretrain.train(recipe(), data, tmp_path)["step"] == 8
+
+
+def test_keep_leaves_the_last_epochs(tmp_path: Path, data: TrainImages) -> None:
+    pretrain.train(recipe(epochs=3), data, tmp_path, keep=2)
+    names = sorted(p.name for p in tmp_path.glob("checkpoint*"))
+    assert names == ["checkpoint-0001.safetensors", "checkpoint-0002.safetensors", CHECKPOINT]
+    _, _, progress = load_recipe_and_encoder(tmp_path / "checkpoint-0001.safetensors")
+    assert progress["step"] == 8
+    a, b = (load_recipe_and_encoder(tmp_path / name) for name in names[1:])
+    assert all(torch.equal(v, b[1][k]) for k, v in a[1].items())
+
+
+def test_another_number_of_processes_is_refused_unless_wanted(tmp_path: Path, data) -> None:
+    pretrain.train(recipe(), data, tmp_path, stop_at_step=1)
+    with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
+        header = file.metadata()
+    progress = json.loads(header["progress"]) | {"world_size": 2}
+    save_file(tensors(tmp_path), tmp_path / CHECKPOINT,
+              header | {"progress": json.dumps(progress)})  # fmt: skip
+    with pytest.raises(CheckpointError, match="world_size: checkpoint 2, now 1") as caught:
+        pretrain.train(recipe(seed=9), data, tmp_path)
+    assert "--elastic" in str(caught.value)
+    assert "seed: checkpoint 3, recipe 9" in str(caught.value)
+    assert pretrain.train(recipe(), data, tmp_path, elastic=True)["step"] == 8
+
+
+def test_sigterm_stops_with_a_checkpoint(tmp_path: Path, data: TrainImages) -> None:
+    event = threading.Event()
+    event.set()
+    assert pretrain.train(recipe(), data, tmp_path, interrupted=event)["step"] == 0
+    assert (tmp_path / CHECKPOINT).exists()
+
+
+def test_accumulation_is_the_whole_batch_for_a_vit(tmp_path: Path, data: TrainImages) -> None:
+    """No batch-norm, so parts of a batch add up to it, centres included."""
+    for parts in (1, 4):
+        run = {"accumulation_steps": parts}
+        pretrain.train(recipe(**VIT, run=run), data, tmp_path / str(parts))
+    one, four = (log_lines(tmp_path / name) for name in "14")
+    for a, b in zip(one, four, strict=True):
+        for key in ("loss", "contrastive", "orthogonality", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_stays_near_full_precision(tmp_path: Path, data, precision) -> None:
+    """Weights stay float32; fp16 carries a loss scale through a stop, to the bit."""
+    pretrain.train(recipe(**VIT), data, tmp_path / "fp32", stop_at_step=3)
+    r = recipe(**VIT, run={"precision": precision})
+    pretrain.train(r, data, tmp_path / "whole", stop_at_step=3)
+    pretrain.train(r, data, tmp_path / "parts", stop_at_step=1)
+    pretrain.train(r, data, tmp_path / "parts", stop_at_step=3)
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert [k for k in whole if not torch.equal(whole[k], parts[k])] == []
+    assert all(v.dtype in (torch.float32, torch.uint8, torch.int64) for v in whole.values())
+    full, half = (log_lines(tmp_path / name) for name in ("fp32", "whole"))
+    assert full[1]["contrastive"] != half[1]["contrastive"]
+    for a, b in zip(full, half, strict=True):
+        assert a["contrastive"] == pytest.approx(b["contrastive"], rel=0.03)
+    with safe_open(tmp_path / "whole" / CHECKPOINT, framework="pt") as file:
+        scale = json.loads(file.metadata()["scaler"])
+    assert bool(scale) == (precision == "fp16")
+
+
+@pytest.mark.slow
+def test_compiling_changes_rounding_alone(tmp_path: Path, data: TrainImages) -> None:
+    for name, compiled in (("eager", False), ("compiled", True)):
+        r = recipe(**VIT, run={"compile": compiled})
+        pretrain.train(r, data, tmp_path / name, stop_at_step=2)
+    a, b = (log_lines(tmp_path / name) for name in ("eager", "compiled"))
+    for eager, compiled in zip(a, b, strict=True):
+        assert eager["loss"] == pytest.approx(compiled["loss"], rel=1e-4)
+    a, b = (tensors(tmp_path / name) for name in ("eager", "compiled"))
+    assert a.keys() == b.keys()
+
+
+def test_simsiam_schedule_of_the_reference() -> None:
+    """30 epochs up to lr 29/30 for all, a fresh optimiser, then a cosine by epoch."""
+    r = load_recipe("clever-simsiam-resnet50.in100-caug")
+    objective = nn.ModuleDict({"backbone": nn.Linear(2, 2), "predictor": nn.Linear(2, 2)})
+    optimizer = build_optimizer(r.optimizer, [objective])
+    for p in objective.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    rates = {}
+    for epoch in (0, 15, 29, 30, 31, 529):
+        for within in (0, 6):
+            state = len(optimizer.state)
+            set_schedules(optimizer, r, 7 * epoch + within, 7)
+            fixed, moving = optimizer.param_groups
+            assert fixed["fixed_lr"]
+            rates[epoch] = (moving["lr"], fixed["lr"])
+            assert (len(optimizer.state) < state) == (epoch == 30 and within == 0)
+    assert rates[0] == (0, 0)
+    assert rates[15] == pytest.approx((0.025, 0.025))
+    assert rates[29] == pytest.approx((0.05 * 29 / 30, 0.05 * 29 / 30))
+    assert rates[30] == pytest.approx((0.05, 0.05))
+    half_way = 0.025 * (1 + np.cos(np.pi / 500))
+    assert rates[31] == pytest.approx((half_way, 0.05))
+    assert rates[529][0] < 1e-6
+    assert all(group["weight_decay"] == pytest.approx(1e-4) for group in optimizer.param_groups)
+
+
+def test_weight_decay_policies() -> None:
+    student = build_student(recipe(**VIT).backbone, 0)
+    counts = {}
+    for policy in ("dino", "model", "all"):
+        config = recipe(optimizer={"warmup_epochs": 0, "weight_decay_policy": policy}).optimizer
+        groups = build_optimizer(config, [student]).param_groups
+        counts[policy] = sum(len(g["params"]) for g in groups if g["decays"])
+    assert counts["model"] == counts["dino"] - 2  # pos_embed and cls_token
+    assert counts["all"] == len(list(student.parameters()))
+
+
+def test_global_clipping_scales_all_tensors_alike() -> None:
+    layer = nn.Linear(2, 2)
+    layer.weight.grad, layer.bias.grad = torch.full((2, 2), 5.0), torch.full((2,), 0.1)
+    config = recipe(optimizer={"warmup_epochs": 0, "clip_scope": "global"}).optimizer
+    clip_gradients(layer.parameters(), config)
+    assert float(layer.weight.grad[0, 0] / layer.bias.grad[0]) == pytest.approx(50)
+    norm = (layer.weight.grad.square().sum() + layer.bias.grad.square().sum()).sqrt()
+    assert float(norm) == pytest.approx(3.0, rel=1e-4)
+
+
+def test_dropped_paths_belong_to_the_view_of_the_image() -> None:
+    """Their shares are the stated probability; order and company of the images change nothing."""
+    layers = nn.Sequential(SampledDropPath(0.3), SampledDropPath(0.1))
+    samples = np.arange(20_000)
+    layers.register_parameter("device_of", nn.Parameter(torch.zeros(1)))
+    choose_paths(layers, samples, range(2, 4), seed=1, epoch=5)
+    kept = [layer(torch.ones(40_000, 1, 1)).flatten() for layer in layers]
+    for layer, rows in zip(layers, kept, strict=True):
+        assert float((rows == 0).float().mean()) == pytest.approx(layer.drop_prob, abs=0.01)
+        assert float(rows.max()) == pytest.approx(1 / (1 - layer.drop_prob))
+    order = np.array([7, 3, 19_999])
+    choose_paths(layers, order, range(3, 4), seed=1, epoch=5)
+    assert torch.equal(layers[0](torch.ones(3)), kept[0][20_000 + order])
+    assert torch.equal(layers.eval()[0](torch.ones(3)), torch.ones(3))
+
+
+def test_recipes_extend_and_take_overrides(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(
+        '[data]\ndataset = "fashion-mnist"\n[backbone]\nname = "resnet18"\n'
+    )
+    (tmp_path / "b.toml").write_text('extends = ["a"]\nepochs = 20\n[clever]\n')
+    loaded = load_recipe(
+        tmp_path / "b.toml", ["epochs=30", "method.name=dino", "clever.transform_weight=0.5"]
+    )
+    assert (loaded.name, loaded.epochs, loaded.backbone.name) == ("b", 30, "resnet18")
+    assert loaded.clever is not None
+    assert loaded.clever.transform_weight == 0.5
+    (tmp_path / "a.toml").write_text('extends = ["b"]\n')
+    for overrides, hint in ((["epochs"], "KEY=VALUE"), ([], "extends itself")):
+        with pytest.raises(RecipeError, match=hint):
+            load_recipe(tmp_path / "b.toml", overrides)
+    (tmp_path / "a.toml").write_text('extends = ["none"]\n')
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "b.toml")
+
+
+SMOKE = sorted(p.stem for p in RECIPES.glob("*.toml"))
+QUICK_SMOKE = ("clever-vit-tiny.in100-caug", "clever-simsiam-resnet18.fmnist")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK_SMOKE else pytest.mark.slow) for n in SMOKE],
+)
+def test_every_recipe_smoke_runs_two_steps(tmp_path: Path, name: str) -> None:
+    loaded = load_recipe(name, ["run.smoke=true"])
+    images = load_train_images(loaded.data, None, at_least=loaded.batch_size)
+    progress = pretrain.train(loaded, images, tmp_path)
+    assert progress["step"] == progress["steps"] == 2
+    assert all(np.isfinite(line["loss"]) for line in log_lines(tmp_path))
+    assert (tmp_path / "report.html").stat().st_size > 10_000
