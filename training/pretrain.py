@@ -49,8 +49,8 @@ def build_method(recipe: Recipe) -> Dino | Clever:
 
 def build_views(recipe: Recipe) -> MultiCrop:
     """The recipe's list of views."""
-    v, d = recipe.views, recipe.data
-    return MultiCrop(**v.model_dump(), mean=d.mean, std=d.std, seed=recipe.seed)
+    d = recipe.data
+    return MultiCrop(recipe.views, mean=d.mean, std=d.std, seed=recipe.seed)
 
 
 def build_optimizer(student: nn.Module, method: nn.Module) -> torch.optim.AdamW:
@@ -174,7 +174,7 @@ def train(
             samples = epoch_order(len(data), recipe.batch_size, recipe.seed, epoch)[within]
             momentum = set_schedules(optimizer, recipe, step, total)
 
-            views = make_views(images[samples], samples, epoch)
+            views = make_views(images[samples], samples, epoch).pixels
             with torch.no_grad():
                 teacher_features = forward_views(teacher, views[:2])
             student_features = forward_views(student, views)

@@ -231,7 +231,7 @@ def test_every_student_tensor_gets_a_gradient_and_no_teacher_tensor(data: ImageS
     r = recipe()
     student, method = build_student(r.backbone, 0), pretrain.build_method(r)
     teacher = build_teacher(student)
-    views = pretrain.build_views(r)(data.images[:8], np.arange(8), 0)
+    views = pretrain.build_views(r)(data.images[:8], np.arange(8), 0).pixels
     terms = method.loss_terms(forward_views(teacher, views[:2]), forward_views(student, views), 0)
     sum(terms.values()).backward()
     missing = [n for m in (student, method) for n, p in m.named_parameters()
