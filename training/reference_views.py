@@ -68,6 +68,7 @@ def render_view(
     parameters: "ViewParameters",
     size: int,
     style: "Style",
+    normalization: tuple[Tensor, Tensor],
     *,
     disc_mask: bool,
 ) -> Tensor:
@@ -78,10 +79,11 @@ def render_view(
         parameters: From `views.draw_parameters`, one row per image.
         size: Side of the view, pixels; with elastic rows at least `ELASTIC_MIN_SIZE_PX`.
         style: Row of `views.STYLES`.
+        normalization: Mean and standard deviation on the scale 0..255, (3, 1, 1) each.
         disc_mask: Make everything outside the inscribed circle black in the end.
 
     Returns:
-        (B, 3, size, size) float on the CPU, whole numbers 0..255.
+        (B, 3, size, size) float on the CPU, normalised.
 
     Source: the transforms of the authors' main_dino.py and DDCL; the random numbers are ours.
     """
@@ -92,8 +94,9 @@ def render_view(
         for operation in style.order:
             view = _OPERATIONS[operation](view, p)
         views.append(F.pil_to_tensor(view))
-    pixels = torch.stack(views)
-    return (circular_mask(pixels) if disc_mask else pixels).float()
+    pixels = torch.stack(views).float()
+    mean, std = normalization
+    return (circular_mask(pixels) if disc_mask else pixels).sub_(mean).div_(std)
 
 
 def _rows(parameters: "ViewParameters") -> Iterator[dict[str, Any]]:
