@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 Interpolation = Literal["bicubic", "bilinear"]
 
-_BLOCK_VALUES = 200_000
+_BLOCK_VALUES = 300_000  # about a megabyte
 
 
 def _beside(values: Tensor, x: Tensor) -> Tensor:
@@ -261,7 +261,6 @@ def hue_(x: Tensor, shift: Tensor) -> None:
         torch.addcmul(value, share, depth, value=-1 / 255, out=channel).round_()
 
 
-
 _JITTER = (brightness_, contrast_, saturation_, hue_)
 
 
@@ -299,7 +298,9 @@ def _box_taps(sigma: Tensor, passes: int) -> Tensor:
     return (radius[:, None] + 1 - distance).clamp(0, 1) / (2 * radius[:, None] + 1)
 
 
-def _box_pass_(x: Tensor, taps: list[Tensor], distance: int, scratch: tuple[Tensor, Tensor]) -> None:
+def _box_pass_(
+    x: Tensor, taps: list[Tensor], distance: int, scratch: tuple[Tensor, Tensor]
+) -> None:
     """Weigh every value of `x` (B, N) with those at multiples of `distance` to both sides."""
     reach = (len(taps) - 1) * distance
     length = x.shape[1] - 2 * reach

@@ -52,9 +52,7 @@ _OPERATIONS: Mapping["Operation", Callable[[Image.Image, dict[str, Any]], Image.
     "flip": lambda image, p: F.hflip(image) if p["flip"] else image,
     "rotate": lambda image, p: F.rotate(image, p["angle"]) if p["angle"] else image,
     "elastic": lambda image, p: _elastic(image, p["noise"]) if p["elastic"] else image,
-    "jitter": lambda image, p: (
-        _jitter(image, p["order"], p["factors"]) if p["jitter"] else image
-    ),
+    "jitter": lambda image, p: _jitter(image, p["order"], p["factors"]) if p["jitter"] else image,
     "grayscale": lambda image, p: F.rgb_to_grayscale(image, 3) if p["grayscale"] else image,
     "blur": lambda image, p: (
         image.filter(ImageFilter.GaussianBlur(p["blur_sigma"])) if p["blur_sigma"] else image

@@ -39,7 +39,7 @@ CROP_ATTEMPTS = 10
 
 _FIXED_DRAWS = 2 * CROP_ATTEMPTS + 20  # every number of a view but its elastic noise
 # Values of a chunk of the batch on a CPU: its few temporaries stay in the cache of a core.
-_CHUNK_VALUES = 1_200_000
+_CHUNK_VALUES = 600_000
 
 
 @dataclass(frozen=True)

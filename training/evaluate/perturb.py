@@ -48,5 +48,5 @@ def perturb(x: Tensor, samples: NDArray[np.integer], kind: Perturbation, seed: i
         factors = torch.from_numpy(low + u[:, 4:] * (high - low)).float().to(x.device)
         order = torch.from_numpy(u[:, :4].argsort(1)).to(x.device)
         everyone = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        x = pixel_ops.color_jitter(x, order, factors, everyone)
+        pixel_ops.color_jitter_(x, order, factors, everyone)
     return x
