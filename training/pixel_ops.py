@@ -150,14 +150,15 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
     first = torch.arange(b, dtype=torch.int32, device=x.device)[:, None, None] * (h + 2) * (w + 2)
     index = torch.add(column, row, alpha=w + 2).int().add_(first)
     # Three bytes fit into a float32 exactly, so that each pixel is fetched once.
-    packed = F.pad((x[:, 0] + x[:, 1] * 256).add_(x[:, 2], alpha=65536), (1, 1, 1, 1))
+    red, green, blue = x.unbind(1)
+    packed = F.pad(red.add(green, alpha=256).add_(blue, alpha=65536), (1, 1, 1, 1))
     pixels = packed.flatten().index_select(0, index.flatten()).view(b, h, w)
     out = torch.empty_like(x)
-    high = (pixels * (1 / 65536)).floor_()
-    low = pixels.sub_(high, alpha=65536)
-    middle = (low * (1 / 256)).floor_()
-    torch.sub(low, middle, alpha=256, out=out[:, 0])
-    out[:, 1], out[:, 2] = middle, high
+    red, green, blue = out.unbind(1)
+    torch.mul(pixels, 1 / 65536, out=blue).floor_()
+    pixels.sub_(blue, alpha=65536)
+    torch.mul(pixels, 1 / 256, out=green).floor_()
+    torch.sub(pixels, green, alpha=256, out=red)
     return out
 
 
@@ -212,9 +213,9 @@ def elastic(x: Tensor, noise: Tensor, *, alpha: float = 100.0, sigma: float = 5.
 def luma(x: Tensor) -> Tensor:
     """(B, 1, H, W): ITU-R 601 grey value in Pillow's fixed-point arithmetic."""
     r, g, b = x.split(1, dim=1)
-    # Every sum stays below 2^24, so that float32 holds it exactly.
-    weighted = (r * 19595).add_(g, alpha=38470).add_(b, alpha=7471)
-    return weighted.add_(32768).mul_(1 / 65536).floor_()
+    # Weights in 2^-16 and sums below 2^8: float32 holds every one of them exactly.
+    weighted = (r * (19595 / 65536)).add_(g, alpha=38470 / 65536).add_(b, alpha=7471 / 65536)
+    return weighted.add_(0.5).floor_()
 
 
 def brightness_(x: Tensor, factor: Tensor) -> None:
@@ -285,12 +286,15 @@ def grayscale_(x: Tensor, chosen: Tensor) -> None:
     _change_rows_(x, _chosen(chosen), lambda part: part.copy_(luma(part)))
 
 
-def _box_taps(sigma: Tensor, passes: int) -> Tensor:
-    """(B, n + 1): weights at distance 0..n of the box whose `passes`-fold repeat has `sigma`.
+_BLUR_PASSES = 3
+
+
+def _box_taps(sigma: Tensor) -> Tensor:
+    """(B, n + 1): weights at distance 0..n of the box that, passed three times, has `sigma`.
 
     The ends of the box are fractional: it is 2 r + 1 wide with a real number r.
     """
-    variance = sigma.square() / passes
+    variance = sigma.square() / _BLUR_PASSES
     whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
     radius = whole + part / (6 * (variance - (whole + 1) ** 2))
@@ -298,34 +302,29 @@ def _box_taps(sigma: Tensor, passes: int) -> Tensor:
     return (radius[:, None] + 1 - distance).clamp(0, 1) / (2 * radius[:, None] + 1)
 
 
-def _box_pass_(
-    x: Tensor, taps: list[Tensor], distance: int, scratch: tuple[Tensor, Tensor]
-) -> None:
-    """Weigh every value of `x` (B, N) with those at multiples of `distance` to both sides."""
-    reach = (len(taps) - 1) * distance
-    length = x.shape[1] - 2 * reach
-    total, pair = (buffer[:, :length] for buffer in scratch)
-    inner = x.narrow(1, reach, length)
-    torch.mul(inner, taps[0], out=total)
-    for k, tap in enumerate(taps[1:], 1):
-        before, after = (x.narrow(1, reach + side * k * distance, length) for side in (-1, 1))
-        total.addcmul_(torch.add(before, after, out=pair), tap)
-    torch.round(total, out=inner)
-
-
-def _blur_(x: Tensor, sigma: Tensor, passes: int = 3) -> None:
-    taps = [_beside(tap, x).flatten(1) for tap in _box_taps(sigma, passes).unbind(1)]
-    reach = len(taps) - 1
+def _blur_(x: Tensor, taps: Tensor) -> None:
+    taps = taps[:, : int((taps > 0).any(0).sum())]
+    reach = taps.shape[1] - 1
+    middle_weight, *weights = (_beside(tap, x).flatten(1) for tap in taps.unbind(1))
     padded = F.pad(x, (reach,) * 4, mode="replicate")
     # In flat memory both axes are shifts, and what wraps round an edge falls into the border.
     flat = padded.flatten(1)
     scratch = torch.empty_like(flat), torch.empty_like(flat)
-    for axis, distance in ((3, 1), (2, padded.shape[3])):
-        first, last = (padded.narrow(axis, k, 1) for k in (reach, padded.shape[axis] - reach - 1))
-        for _ in range(passes):
-            _box_pass_(flat, taps, distance, scratch)
-            padded.narrow(axis, 0, reach).copy_(first)
-            padded.narrow(axis, padded.shape[axis] - reach, reach).copy_(last)
+    for axis, step in ((3, 1), (2, padded.shape[3])):
+        end, length = padded.shape[axis] - reach, flat.shape[1] - 2 * reach * step
+        total, pair = (buffer[:, :length] for buffer in scratch)
+        shifted = [flat.narrow(1, k * step, length) for k in range(2 * reach + 1)]
+        middle = shifted[reach]
+        pairs = list(zip(reversed(shifted[:reach]), shifted[reach + 1 :], weights, strict=True))
+        first, last = (padded.narrow(axis, k, 1) for k in (reach, end - 1))
+        before, after = (padded.narrow(axis, k, reach) for k in (0, end))
+        for _ in range(_BLUR_PASSES):
+            torch.mul(middle, middle_weight, out=total)
+            for left, right, weight in pairs:
+                total.addcmul_(torch.add(left, right, out=pair), weight)
+            torch.round(total, out=middle)
+            before.copy_(first)
+            after.copy_(last)
     x.copy_(padded[..., reach:-reach, reach:-reach])
 
 
@@ -335,7 +334,8 @@ def gaussian_blur_(x: Tensor, sigma: Tensor) -> None:
     Source: Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended
     box filtering", with the border pixel repeated and bytes between passes.
     """
-    _change_rows_(x, _chosen(sigma > 0), _blur_, sigma)
+    if (sigma > 0).any():
+        _change_rows_(x, _chosen(sigma > 0), _blur_, _box_taps(sigma))
 
 
 def _invert_(x: Tensor) -> None:
