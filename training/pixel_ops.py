@@ -92,7 +92,7 @@ def resized_crop_by_matrices(
     x: Tensor, boxes: Tensor, size: int, interpolation: Interpolation
 ) -> Tensor:
     """`resized_crop` as two matrix products: a few launches for the whole batch."""
-    top, left, height, width = boxes.to(x.device).unbind(1)
+    top, left, height, width = boxes.to(x.device, non_blocking=True).unbind(1)
     rows = _resize_matrix(top, height, x.shape[-2], size, interpolation)
     columns = _resize_matrix(left, width, x.shape[-1], size, interpolation)
     x = (x.float() @ columns.transpose(1, 2).unsqueeze(1)).round_().clamp_(0, 255)
