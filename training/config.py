@@ -16,8 +16,9 @@ from clever_zoo.errors import RecipeError
 from clever_zoo.spec import IMAGENET_MEAN, IMAGENET_STD, problem_lines
 from training.clever import CleverSection
 from training.methods import METHODS, DinoSection, MethodRow
+from training.reference_views import ELASTIC_MIN_SIZE_PX
 from training.schema import Section
-from training.views import Strength
+from training.views import STYLES, Pipeline, Strength, StyleName
 
 RECIPES = Path(__file__).parent / "recipes"
 SMOKE_BATCH_SIZE = 8
@@ -113,14 +114,17 @@ class BackboneConfig(Section):
 
 
 class ViewsConfig(Section):
-    """The multi-crop list of views."""
+    """The list of views: two global ones, then the local ones of a style that has them."""
 
+    pipeline: Pipeline = "batched"  # "reference": the same views image by image, for comparison
+    style: StyleName = "dino"
     strength: Strength = "caug"
     global_size_px: int = Field(224, ge=8)
     local_size_px: int = Field(96, ge=8)
     local_views: int = Field(8, ge=0)
     global_scale: tuple[float, float] = (0.4, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.4)
+    disc_mask: bool = False  # black outside the inscribed circle of every view
 
     @field_validator("global_scale", "local_scale")
     @classmethod
@@ -128,6 +132,26 @@ class ViewsConfig(Section):
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"is {list(scale)}; use 0 < low <= high <= 1")
         return scale
+
+    @model_validator(mode="after")
+    def _check_across_fields(self) -> "ViewsConfig":
+        problems = []
+        if self.local_views and STYLES[self.style].local_role is None:
+            problems.append(
+                f"local_views is {self.local_views}; style {self.style!r} has none, so write "
+                "local_views = 0"
+            )
+        sizes = {self.global_size_px} | ({self.local_size_px} if self.local_views else set())
+        too_small = [size for size in sorted(sizes) if size < ELASTIC_MIN_SIZE_PX]
+        if too_small and (self.pipeline, self.strength) == ("reference", "caug_plus"):
+            problems.append(
+                f"views of {too_small} px; torchvision's elastic transformation, which pipeline "
+                f"'reference' uses for caug_plus, needs {ELASTIC_MIN_SIZE_PX}: use larger views "
+                "or pipeline = 'batched'"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class OptimizerConfig(Section):

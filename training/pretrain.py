@@ -47,8 +47,8 @@ HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 def build_views(recipe: Recipe) -> MultiCrop:
     """The recipe's list of views."""
-    v, d = recipe.views, recipe.data
-    return MultiCrop(**v.model_dump(), mean=d.mean, std=d.std, seed=recipe.seed)
+    d = recipe.data
+    return MultiCrop(recipe.views, mean=d.mean, std=d.std, seed=recipe.seed)
 
 
 def check_recipe_fits(recipe: Recipe, count: int, processes: Processes) -> None:

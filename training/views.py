@@ -1,37 +1,88 @@
-"""The views of baug, caug and caug_plus: parameters drawn per sample, pixels made per batch.
+"""The views of one run: parameters drawn per sample, pixels made by one of two pipelines.
 
-The order is that of the authors' code: crop, flip, rotation, elastic, jitter, grayscale,
-blur, solarise; every operation keeps the semantics of torchvision on Pillow images.
+`STYLES` says what a kind of training does to a view and in which order. `draw_parameters` draws
+what one view does to each image; `render_view` makes the pixels of a whole batch ("batched"),
+`reference_views.render_view` the same image by image with torchvision and Pillow ("reference").
 """
 
 import math
-from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from training import pixel_ops
+from clever_zoo.errors import ShapeError
+from training import pixel_ops, reference_views
 from training.streams import uniforms
 
+if TYPE_CHECKING:
+    from training.config import ViewsConfig
+
 Strength = Literal["baug", "caug", "caug_plus"]
-Role = Literal["global_1", "global_2", "local"]
+StyleName = Literal["dino", "simsiam"]
+Pipeline = Literal["batched", "reference"]
+Role = Literal["global_1", "global_2", "local", "global"]
+Operation = Literal["flip", "rotate", "elastic", "jitter", "grayscale", "blur", "solarize"]
 
 MAX_ANGLE_DEG = 90.0
 ELASTIC_PROBABILITY = 0.5
 JITTER_PROBABILITY = 0.8
-JITTER_LOW = (0.6, 0.6, 0.8, -0.1)
-JITTER_HIGH = (1.4, 1.4, 1.2, 0.1)
 GRAYSCALE_PROBABILITY = 0.2
-BLUR_PROBABILITY: dict[Role, float] = {"global_1": 1.0, "global_2": 0.1, "local": 0.5}
 BLUR_SIGMA_PX = (0.1, 2.0)
-SOLARIZE_PROBABILITY: dict[Role, float] = {"global_1": 0.0, "global_2": 0.2, "local": 0.0}
 ASPECT_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 
 _FIXED_DRAWS = 2 * CROP_ATTEMPTS + 20  # every number of a view but its elastic noise
+# Values of a chunk of the batch on a CPU: large enough that images with the same jitter operation
+# go together, small enough for the last-level cache.
+_CHUNK_VALUES = 2_400_000
+
+
+@dataclass(frozen=True)
+class Style:
+    """What a kind of training does to its views.
+
+    `roles` of the two global views and `local_role` of the others, None where there are none;
+    `jitter` factor ranges of brightness, contrast, saturation and hue; probabilities of blur
+    and solarising per role; `order` of the operations after the crop.
+    """
+
+    roles: tuple[Role, Role]
+    local_role: Role | None
+    interpolation: pixel_ops.Interpolation
+    jitter: tuple[tuple[float, float], ...]
+    blur: Mapping[Role, float]
+    solarize: Mapping[Role, float]
+    order: tuple[Operation, ...]
+
+
+STYLES: Mapping[StyleName, Style] = {
+    # Source: the authors' main_dino.py.
+    "dino": Style(
+        roles=("global_1", "global_2"),
+        local_role="local",
+        interpolation="bicubic",
+        jitter=((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)),
+        blur={"global_1": 1.0, "global_2": 0.1, "local": 0.5},
+        solarize={"global_1": 0.0, "global_2": 0.2, "local": 0.0},
+        order=("flip", "rotate", "elastic", "jitter", "grayscale", "blur", "solarize"),
+    ),
+    # Source: the authors' DDCL, which turns and warps last.
+    "simsiam": Style(
+        roles=("global", "global"),
+        local_role=None,
+        interpolation="bilinear",
+        jitter=((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1)),
+        blur={"global": 0.5},
+        solarize={"global": 0.0},
+        order=("jitter", "grayscale", "blur", "flip", "rotate", "elastic"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -58,10 +109,26 @@ class ViewParameters:
     solarize: Tensor
     noise: Tensor | None
 
+    @property
+    def boxes(self) -> Tensor:
+        """(B, 4): top, left, height, width."""
+        return torch.stack([self.top, self.left, self.height, self.width], dim=1)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "ViewParameters":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ViewParameters(**{k: None if v is None else change(v) for k, v in values.items()})
+
     def to(self, device: torch.device | str) -> "ViewParameters":
         """The same parameters on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return ViewParameters(**{k: None if v is None else v.to(device) for k, v in moved.items()})
+        return self._map(lambda value: value.to(device, non_blocking=True))
+
+    def rows(self, start: int, stop: int) -> "ViewParameters":
+        """The parameters of the images `start` to `stop`, exclusive."""
+        chosen = replace(self, noise=None)._map(lambda value: value[start:stop])
+        if self.noise is None:
+            return chosen
+        first, last = (int(self.elastic[:n].sum()) for n in (start, stop))
+        return replace(chosen, noise=self.noise[first:last])
 
 
 def _crop_boxes(
@@ -94,6 +161,7 @@ def draw_parameters(
     *,
     seed: int,
     epoch: int,
+    style: StyleName,
     strength: Strength,
     image_size: tuple[int, int],
     scale: tuple[float, float],
@@ -102,17 +170,22 @@ def draw_parameters(
     """Draw what view number `view` does to each of `samples`.
 
     Args:
-        role: Which of the three pipelines; it sets the blur and solarise probabilities.
+        role: Which kind of view of the style; it sets the blur and solarise probabilities.
         view: Index of the view in the list of views, part of the stream's key.
         samples: Index of each image in the data set, (B,).
         seed, epoch: The rest of the stream's key.
+        style: Row of `STYLES`.
         strength: baug (no geometry beyond crop and flip), caug (+ rotation), caug_plus (+ elastic).
         image_size: Height and width of the source images, pixels.
         scale: Least and greatest share of the source's area that a crop covers.
         size: Side of the view, pixels.
 
-    Source: paper section on augmentation; probabilities as in the authors' released script.
+    Returns:
+        The parameters, on the CPU.
+
+    Source: paper section on augmentation; probabilities as in the authors' released scripts.
     """
+    recipe = STYLES[style]
     u = uniforms(seed, epoch, samples, view, _FIXED_DRAWS)
     crop = 2 * CROP_ATTEMPTS
     boxes = _crop_boxes(u[:, : crop + 2], image_size, scale)
@@ -120,7 +193,7 @@ def draw_parameters(
     order, factors = u[:, crop + 10 : crop + 14], u[:, crop + 14 : crop + 18]
     angle = (2 * turn - 1) * MAX_ANGLE_DEG if strength != "baug" else np.zeros_like(turn)
     elastic = (warp < ELASTIC_PROBABILITY) & (strength == "caug_plus")
-    low, high = np.array(JITTER_LOW), np.array(JITTER_HIGH)
+    low, high = np.array(recipe.jitter).T
     noise = None
     if strength == "caug_plus":
         flat = uniforms(seed, epoch, samples[elastic], view, 2 * size * size, first=_FIXED_DRAWS)
@@ -139,38 +212,77 @@ def draw_parameters(
         order=torch.from_numpy(order.argsort(1)),
         factors=torch.from_numpy(low + factors * (high - low)).float(),
         grayscale=torch.from_numpy(gray < GRAYSCALE_PROBABILITY),
-        blur_sigma=torch.from_numpy(np.where(blur < BLUR_PROBABILITY[role], sigma_px, 0)).float(),
-        solarize=torch.from_numpy(solarize < SOLARIZE_PROBABILITY[role]),
+        blur_sigma=torch.from_numpy(np.where(blur < recipe.blur[role], sigma_px, 0)).float(),
+        solarize=torch.from_numpy(solarize < recipe.solarize[role]),
         noise=noise,
     )
 
 
-def render_view(images: Tensor, parameters: ViewParameters, size: int) -> Tensor:
-    """Make one view of each image.
+def _elastic_(x: Tensor, p: ViewParameters) -> None:
+    if p.noise is not None and len(p.noise):
+        rows = p.elastic.nonzero().squeeze(1).to(x.device, non_blocking=True)
+        noise = p.noise.to(x.device, non_blocking=True)
+        x.index_copy_(0, rows, pixel_ops.elastic(x.index_select(0, rows), noise))
+
+
+_OPERATIONS: Mapping[Operation, Callable[[Tensor, ViewParameters], None]] = {
+    "flip": lambda x, p: pixel_ops.flip_(x, p.flip),
+    "rotate": lambda x, p: pixel_ops.rotate_(x, p.angle),
+    "elastic": _elastic_,
+    "jitter": lambda x, p: pixel_ops.color_jitter_(x, p.order, p.factors, p.jitter),
+    "grayscale": lambda x, p: pixel_ops.grayscale_(x, p.grayscale),
+    "blur": lambda x, p: pixel_ops.gaussian_blur_(x, p.blur_sigma),
+    "solarize": lambda x, p: pixel_ops.solarize_(x, p.solarize),
+}
+
+
+def render_view(
+    images: Tensor,
+    parameters: ViewParameters,
+    size: int,
+    style: Style,
+    normalization: tuple[Tensor, Tensor],
+    *,
+    disc_mask: bool,
+) -> Tensor:
+    """Make one view of each image, many at a time.
 
     Args:
-        images: (B, 3, H, W) float, whole numbers 0..255.
-        parameters: From `draw_parameters`, on the device of `images`.
+        images: (B, C, H, W) uint8 with C = 1 or 3; channels-last memory is fastest on a CPU.
+        parameters: From `draw_parameters`, on the CPU, so that the device is never waited for.
         size: Side of the view, pixels.
+        style: Row of `STYLES`.
+        normalization: Mean and standard deviation on the scale 0..255, (3, 1, 1) each.
+        disc_mask: Make everything outside the inscribed circle black in the end.
 
     Returns:
-        (B, 3, size, size) float, whole numbers 0..255.
+        (B, 3, size, size) float on the device of `images`, normalised.
     """
-    p = parameters
-    x = pixel_ops.resized_crop(images, p.top, p.left, p.height, p.width, size)
-    x = pixel_ops.flip(x, p.flip)
-    if p.angle.any():
-        x = pixel_ops.rotate(x, p.angle)
-    if p.noise is not None and len(p.noise):
-        x[p.elastic] = pixel_ops.elastic(x[p.elastic], p.noise)
-    x = pixel_ops.color_jitter(x, p.order, p.factors, p.jitter)
-    x = pixel_ops.grayscale(x, p.grayscale)
-    x = pixel_ops.gaussian_blur(x, p.blur_sigma)
-    return pixel_ops.solarize(x, p.solarize)
+    mean, std = (v.to(images.device, non_blocking=True) for v in normalization)
+    count = len(images)
+    on_cpu = images.device.type == "cpu"
+    step = max(1, _CHUNK_VALUES // (3 * size * size)) if on_cpu else count
+    out = torch.empty(count, 3, size, size, device=images.device)
+    with torch.inference_mode():  # many small calls: half the overhead of each
+        for start in range(0, count, step):
+            p = parameters.rows(start, start + step)
+            part = images[start : start + step]
+            x = pixel_ops.resized_crop(part, p.boxes, size, style.interpolation)
+            x = x.expand(-1, 3, -1, -1).contiguous()
+            for operation in style.order:
+                _OPERATIONS[operation](x, p)
+            if disc_mask:
+                x = pixel_ops.circular_mask(x)
+            torch.addcmul(-mean / std, x, 1 / std, out=out[start : start + step])
+    return out
 
 
 class Views(NamedTuple):
-    """All views of a batch, each (B, 3, size, size), normalised; and what was done to each."""
+    """The views of a batch: normalised pixels and what was done to make them.
+
+    `pixels`: one (B, 3, size, size) tensor per view, global ones first. `parameters`: one per
+    view, on the training device.
+    """
 
     pixels: list[Tensor]
     parameters: list[ViewParameters]
@@ -180,15 +292,10 @@ class Views(NamedTuple):
 class MultiCrop:
     """The list of views of one run: two global ones, then the local ones.
 
-    Call it with a batch to get the views, each (B, 3, size, size), normalised.
+    Call it with a batch to get its views. `mean` and `std` normalise pixels in 0..1.
     """
 
-    strength: Strength
-    global_size_px: int
-    local_size_px: int
-    local_views: int
-    global_scale: tuple[float, float]
-    local_scale: tuple[float, float]
+    config: "ViewsConfig"
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     seed: int
@@ -200,26 +307,63 @@ class MultiCrop:
             images: (B, C, H, W) uint8 with C = 1 or 3, on the training device.
             samples: Index of each image in the data set, (B,).
             epoch: Epoch, 0-based.
+
+        Raises:
+            ShapeError: If the images are of another type or shape, or not as many as samples.
         """
-        pixels = images.float().expand(-1, 3, -1, -1)
-        mean, std = (
-            torch.tensor(v, device=images.device).view(3, 1, 1) * 255 for v in (self.mean, self.std)
-        )
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ShapeError(
+                f"views are made from uint8 images of shape (B, 1 or 3, H, W); these are "
+                f"{images.dtype} {tuple(images.shape)}. Pass bytes as they are decoded."
+            )
+        if len(samples) != len(images):
+            raise ShapeError(
+                f"{len(images)} images come with {len(samples)} sample indices; pass one for each"
+            )
+        source: Tensor | list[Image.Image] = images
+        if self.config.pipeline == "reference":
+            source = reference_views.to_pillow(images)
+        elif images.device.type == "cpu":  # channels last, several times as fast as .contiguous
+            source = torch.stack(images.unbind(1), dim=-1).permute(0, 3, 1, 2)
+        return self.views_of(source, samples, epoch, images.device)
+
+    def views_of(
+        self,
+        source: Tensor | Sequence[Image.Image],
+        samples: NDArray[np.integer],
+        epoch: int,
+        device: torch.device,
+    ) -> Views:
+        """`__call__` on images in the form that the configured pipeline reads.
+
+        Args:
+            source: A uint8 tensor as `render_view` takes it, or RGB Pillow images of one size.
+            device: Where the views go.
+        """
+        config, style = self.config, STYLES[self.config.style]
+        batched = isinstance(source, Tensor)
+        render = render_view if batched else reference_views.render_view
+        height, width = source.shape[-2:] if batched else source[0].size[::-1]
+        mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (self.mean, self.std))
         views = Views([], [])
-        for view in range(2 + self.local_views):
-            role: Role = ("global_1", "global_2")[view] if view < 2 else "local"
-            size = self.global_size_px if view < 2 else self.local_size_px
+        for view in range(2 + config.local_views):
+            is_global = view < 2
+            size = config.global_size_px if is_global else config.local_size_px
             parameters = draw_parameters(
-                role,
+                style.roles[view] if is_global else style.local_role,
                 view,
                 samples,
                 seed=self.seed,
                 epoch=epoch,
-                strength=self.strength,
-                image_size=(images.shape[-2], images.shape[-1]),
-                scale=self.global_scale if view < 2 else self.local_scale,
+                style=config.style,
+                strength=config.strength,
+                image_size=(height, width),
+                scale=config.global_scale if is_global else config.local_scale,
                 size=size,
-            ).to(images.device)
-            views.pixels.append((render_view(pixels, parameters, size) - mean) / std)
-            views.parameters.append(parameters)
+            )
+            pixels = render(
+                source, parameters, size, style, (mean, std), disc_mask=config.disc_mask
+            )
+            views.pixels.append(pixels.to(device))
+            views.parameters.append(parameters.to(device))
         return views

@@ -6,7 +6,6 @@ import torch
 
 from tests.training.test_methods import small_recipe, views_of
 from training import pixel_ops
-from training.evaluate.perturb import circular_mask
 from training.objective import Objective
 from training.transform import relative_crop, relative_jitter, relative_rotation
 from training.views import ViewParameters, draw_parameters
@@ -15,11 +14,15 @@ from training.views import ViewParameters, draw_parameters
 def parameters(**values: list[float]) -> ViewParameters:
     count = len(next(iter(values.values())))
     p = draw_parameters(
-        "local", 0, np.arange(count), seed=0, epoch=0, strength="caug",
+        "local", 0, np.arange(count), seed=0, epoch=0, style="dino", strength="caug",
         image_size=(64, 64), scale=(0.2, 1.0), size=32,
     )  # fmt: skip
     fields = {k: torch.tensor(v) for k, v in values.items()}
     return ViewParameters(**{**vars(p), **fields})
+
+
+def as_seen(image: torch.Tensor, p: ViewParameters) -> torch.Tensor:
+    return pixel_ops.rotate(image.flip(-1) if p.flip[0] else image, p.angle)
 
 
 @pytest.mark.parametrize("flips", [(False, False), (True, True), (False, True), (True, False)])
@@ -30,12 +33,12 @@ def test_relative_rotation_turns_the_first_view_into_the_second(flips) -> None:
     image[..., 30:34, 8:20] = 90.0
     first = parameters(angle=[20.0], flip=[flips[0]])
     second = parameters(angle=[-35.0], flip=[flips[1]])
-    views = [pixel_ops.rotate(pixel_ops.flip(image, p.flip), p.angle) for p in (first, second)]
+    views = [as_seen(image, p) for p in (first, second)]
     sine, cosine = relative_rotation(first, second)[0]
     degrees = torch.rad2deg(torch.atan2(sine, cosine))[None]
     start = views[0] if flips[0] == flips[1] else views[0].flip(-1)
     turned = pixel_ops.rotate(start, degrees)
-    inside = circular_mask(torch.ones_like(image)) > 0
+    inside = pixel_ops.circular_mask(torch.ones_like(image)) > 0
     assert float((turned - views[1])[inside].abs().mean()) < 4.0
     assert float((start - views[1])[inside].abs().mean()) > 10.0
 
@@ -47,11 +50,11 @@ def test_relative_crop_points_at_the_second_crops_centre() -> None:
                            flip=[flip], angle=[angle])  # fmt: skip
         second = parameters(top=[20.0], left=[30.0], height=[20.0], width=[12.0],
                             flip=[False], angle=[0.0])  # fmt: skip
-        image = torch.zeros(1, 3, 64, 64)
-        image[..., 28:32, 34:38] = 255.0
+        image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+        image[..., 28:32, 34:38] = 255
         box = (first.top, first.left, first.height, first.width)
-        view = pixel_ops.resized_crop(image, *box, 96)
-        view = pixel_ops.rotate(pixel_ops.flip(view, first.flip), first.angle)
+        view = pixel_ops.resized_crop(image, torch.stack(box, 1), 96, "bicubic").float()
+        view = as_seen(view, first)
         rows, columns = (view[0, 0] > 128).nonzero().float().mean(0) + 0.5
         scale, right, down = relative_crop(first, second)[0]
         assert float(right) == pytest.approx((float(columns) - 48) / 96, abs=0.02)

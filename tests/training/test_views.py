@@ -3,18 +3,23 @@
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import ColorJitter, RandomResizedCrop, RandomRotation
 
+from clever_zoo.errors import RecipeError, ShapeError
+from training.config import ViewsConfig, parse_recipe
 from training.streams import uniforms
-from training.views import ASPECT_RATIO, MultiCrop, draw_parameters
+from training.views import ASPECT_RATIO, STYLES, MultiCrop, draw_parameters
 
 COUNT = 20_000
 SAMPLES = np.arange(COUNT)
 
 
-def parameters(role="local", strength="caug_plus", size=16, scale=(0.05, 0.4), **overrides):
+def parameters(
+    role="local", style="dino", strength="caug_plus", size=16, scale=(0.05, 0.4), **overrides
+):
     keys = {"view": 2, "samples": SAMPLES, "seed": 0, "epoch": 0, "image_size": (28, 28)}
-    return draw_parameters(role, strength=strength, size=size, scale=scale, **{**keys, **overrides})
+    fixed = {"style": style, "strength": strength, "size": size, "scale": scale}
+    return draw_parameters(role, **fixed, **{**keys, **overrides})
 
 
 def share(mask: torch.Tensor) -> float:
@@ -28,10 +33,16 @@ def assert_share(mask: torch.Tensor, probability: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("role", "blur", "solarize"), [("global_1", 1.0, 0), ("global_2", 0.1, 0.2), ("local", 0.5, 0)]
+    ("style", "role", "blur", "solarize"),
+    [
+        ("dino", "global_1", 1.0, 0),
+        ("dino", "global_2", 0.1, 0.2),
+        ("dino", "local", 0.5, 0),
+        ("simsiam", "global", 0.5, 0),
+    ],
 )
-def test_probabilities(role, blur, solarize) -> None:
-    p = parameters(role)
+def test_probabilities(style, role, blur, solarize) -> None:
+    p = parameters(role, style)
     assert_share(p.flip, 0.5)
     assert_share(p.elastic, 0.5)
     assert_share(p.jitter, 0.8)
@@ -48,24 +59,31 @@ def test_events_are_independent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "low", "high"),
+    ("style", "role", "values", "low", "high"),
     [
-        ("angle", -90, 90),
-        ("blur_sigma", 0.1, 2.0),
-        ("brightness", 0.6, 1.4),
-        ("contrast", 0.6, 1.4),
-        ("saturation", 0.8, 1.2),
-        ("hue", -0.1, 0.1),
+        ("dino", "global_1", "angle", -90, 90),
+        ("dino", "global_1", "blur_sigma", 0.1, 2.0),
+        ("dino", "global_1", "brightness", 0.6, 1.4),
+        ("dino", "global_1", "contrast", 0.6, 1.4),
+        ("dino", "global_1", "saturation", 0.8, 1.2),
+        ("dino", "global_1", "hue", -0.1, 0.1),
+        ("simsiam", "global", "angle", -90, 90),
+        ("simsiam", "global", "blur_sigma", 0.1, 2.0),
+        ("simsiam", "global", "saturation", 0.6, 1.4),
+        ("simsiam", "global", "hue", -0.1, 0.1),
     ],
 )
-def test_ranges_are_filled_evenly(values, low, high) -> None:
-    p = parameters("global_1")
+def test_ranges_are_filled_evenly(style, role, values, low, high) -> None:
+    p = parameters(role, style)
     names = ("brightness", "contrast", "saturation", "hue")
     drawn = p.factors[:, names.index(values)] if values in names else getattr(p, values)
-    assert low <= drawn.min()
+    assert values == "blur_sigma" or low <= drawn.min()
     assert drawn.max() <= high
+    if values == "blur_sigma":
+        drawn = drawn[drawn > 0]
+        assert low <= drawn.min()
     counts = torch.histc(drawn, bins=10, min=low, max=high)
-    expected = COUNT / 10
+    expected = len(drawn) / 10
     assert float(((counts - expected) ** 2 / expected).sum()) < 33  # chi-square, 9 d.o.f., p = 1e-4
 
 
@@ -109,23 +127,109 @@ def test_crops_have_torchvisions_distribution(image_size, scale) -> None:
     assert ((boxes.mean(0) - theirs.mean(0)).abs() <= 4.5 * error).all()
 
 
-def views(seed: int = 0) -> MultiCrop:
-    third = (0.5, 0.5, 0.5)
-    return MultiCrop("caug_plus", 32, 16, 2, (0.4, 1.0), (0.05, 0.4), third, third, seed)
+@pytest.mark.parametrize("style", ["dino", "simsiam"])
+def test_angle_and_jitter_have_torchvisions_distribution(style) -> None:
+    p = parameters(STYLES[style].roles[0], style)
+    saturation = 0.2 if style == "dino" else 0.4
+    jitter = ColorJitter(0.4, 0.4, saturation, 0.1)
+    torch.manual_seed(0)
+    ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+    draws = [
+        (*jitter.get_params(*ranges)[1:], RandomRotation.get_params([-90, 90])) for _ in range(4000)
+    ]
+    theirs = torch.tensor(draws)
+    ours = torch.cat([p.factors, p.angle[:, None]], dim=1)
+    spread = theirs.std(0)
+    error = spread * (1 / 4000 + 1 / COUNT) ** 0.5
+    assert ((ours.mean(0) - theirs.mean(0)).abs() <= 4.5 * error).all()
+    for quantile in (0.05, 0.5, 0.95):
+        gap = (ours.quantile(quantile, 0) - theirs.quantile(quantile, 0)).abs()
+        assert (gap <= 0.1 * spread).all()
 
 
-def test_a_view_depends_on_its_own_key_alone(rng) -> None:
+def test_draws_of_the_released_models_are_unchanged() -> None:
+    """Values of the generator that the released models were trained with."""
+    p = parameters("global_2", view=1, samples=np.array([5, 77]), epoch=3, image_size=(256, 256))
+    expected = {
+        "top": [130.0, 88.0],
+        "height": [106.0, 154.0],
+        "angle": [-24.9879, -43.613],
+        "factors": [[0.64379, 1.23901, 1.01496, 0.03499], [0.7357, 0.63296, 0.80111, -0.04348]],
+        "order": [[0.0, 2.0, 1.0, 3.0], [1.0, 2.0, 3.0, 0.0]],
+        "blur_sigma": [0.0, 1.21536],
+    }
+    for name, values in expected.items():
+        torch.testing.assert_close(
+            getattr(p, name).double(), torch.tensor(values).double(), rtol=0, atol=1e-5
+        )
+
+
+THIRD = (0.5, 0.5, 0.5)
+
+
+def views(seed: int = 0, **settings) -> MultiCrop:
+    sizes = {"global_size_px": 32, "local_size_px": 24, "local_views": 2}
+    return MultiCrop(
+        ViewsConfig(**{"strength": "caug_plus", **sizes, **settings}), THIRD, THIRD, seed
+    )
+
+
+@pytest.mark.parametrize("pipeline", ["batched", "reference"])
+def test_a_view_depends_on_its_own_key_alone(rng, pipeline) -> None:
     images = torch.from_numpy(rng.integers(0, 256, (6, 1, 28, 28), dtype=np.uint8))
     samples = np.array([4, 9, 2, 7, 30, 11])
-    whole = views()(images, samples, epoch=3)
+    make = views(pipeline=pipeline)
+    whole = make(images, samples, epoch=3)
     order = [5, 0, 3]
-    part = views()(images[order], samples[order], epoch=3)
-    for a, b in zip(whole, part, strict=True):
+    part = make(images[order], samples[order], epoch=3)
+    for a, b in zip(whole.pixels, part.pixels, strict=True):
         torch.testing.assert_close(a[order], b, rtol=0, atol=1e-5)
-    for other in (views(seed=1)(images, samples, epoch=3), views()(images, samples, epoch=4)):
-        assert all((a != b).any() for a, b in zip(whole, other, strict=True))
-    assert [v.shape[-1] for v in whole] == [32, 32, 16, 16]
-    assert (whole[0] != whole[1]).any()
+    others = (views(seed=1, pipeline=pipeline)(images, samples, 3), make(images, samples, epoch=4))
+    for other in others:
+        assert all((a != b).any() for a, b in zip(whole.pixels, other.pixels, strict=True))
+    assert [tuple(v.shape) for v in whole.pixels] == [(6, 3, n, n) for n in (32, 32, 24, 24)]
+    assert (whole.pixels[0] != whole.pixels[1]).any()
+
+
+def test_views_come_with_what_was_done(rng) -> None:
+    images = torch.from_numpy(rng.integers(0, 256, (5, 3, 40, 40), dtype=np.uint8))
+    made = views()(images, np.arange(5), epoch=0)
+    assert len(made.parameters) == len(made.pixels) == 4
+    again = parameters("local", view=3, samples=np.arange(5), image_size=(40, 40), size=24)
+    assert torch.equal(made.parameters[3].angle, again.angle)
+    assert torch.equal(made.parameters[3].noise, again.noise)
+
+
+def test_rows_of_parameters_keep_their_noise() -> None:
+    p = parameters(samples=np.arange(40))
+    part = p.rows(11, 29)
+    assert torch.equal(part.angle, p.angle[11:29])
+    assert torch.equal(part.noise, p.noise[p.elastic.cumsum(0)[p.elastic] > p.elastic[:11].sum()][
+        : int(part.elastic.sum())])  # fmt: skip
+
+
+def test_wrong_images_are_named(rng) -> None:
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(ShapeError, match=r"torch.float32 \(2, 3, 32, 32\)"):
+        views()(images.float(), np.arange(2), epoch=0)
+    with pytest.raises(ShapeError, match=r"\(2, 2, 32, 32\)"):
+        views()(images[:, :2], np.arange(2), epoch=0)
+    with pytest.raises(ShapeError, match="2 images come with 3 sample"):
+        views()(images, np.arange(3), epoch=0)
+
+
+def test_config_refuses_what_a_style_or_pipeline_cannot_do() -> None:
+    section = {"style": "simsiam", "pipeline": "reference", "strength": "caug_plus"}
+    content = {
+        "name": "x",
+        "data": {"dataset": "fashion-mnist"},
+        "backbone": {"name": "resnet18"},
+        "views": section | {"local_views": 2, "global_size_px": 32, "local_size_px": 16},
+    }
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(content, "test")
+    assert "local_views is 2" in str(caught.value)
+    assert "needs 21" in str(caught.value)
 
 
 def test_streams_are_uniform_and_uncorrelated_across_keys() -> None:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training import pixel_ops
+from training.pixel_ops import circular_mask
 from training.streams import uniforms
 
 Perturbation = Literal["clean", "r", "cj_r", "r_masked"]
@@ -22,13 +23,6 @@ def draw_angles(samples: NDArray[np.integer], seed: int) -> Tensor:
     """Rotation angle of each image, uniform in [-90, 90] degrees, (N,)."""
     turn = uniforms(seed, 0, samples, _STREAM, 1)[:, 0]
     return torch.from_numpy((2 * turn - 1) * MAX_ANGLE_DEG).float()
-
-
-def circular_mask(x: Tensor) -> Tensor:
-    """Black outside the inscribed circle, so that black corners tell nothing about an angle."""
-    size = x.shape[-1]
-    offset = torch.arange(size, device=x.device) + 0.5 - size / 2
-    return x * (offset.square() + offset.square()[:, None] <= (size / 2) ** 2)
 
 
 def perturb(x: Tensor, samples: NDArray[np.integer], kind: Perturbation, seed: int) -> Tensor:
@@ -54,5 +48,5 @@ def perturb(x: Tensor, samples: NDArray[np.integer], kind: Perturbation, seed: i
         factors = torch.from_numpy(low + u[:, 4:] * (high - low)).float().to(x.device)
         order = torch.from_numpy(u[:, :4].argsort(1)).to(x.device)
         everyone = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        x = pixel_ops.color_jitter(x, order, factors, everyone)
+        pixel_ops.color_jitter_(x, order, factors, everyone)
     return x

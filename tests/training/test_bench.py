@@ -1,0 +1,48 @@
+"""The benchmark's command line in miniature; no time is asserted."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from training.bench import app, photograph
+
+TINY = ["--global-size", "32", "--local-size", "24", "--image-size", "40", "--batch", "3"]
+
+
+@pytest.mark.parametrize(
+    ("style", "local_views", "strength"), [("dino", 2, "caug_plus"), ("simsiam", 0, "caug")]
+)
+def test_views_writes_a_whole_record(tmp_path, style, local_views, strength) -> None:
+    path = tmp_path / "views.json"
+    arguments = ["--style", style, "--local-views", str(local_views), "--strength", strength]
+    result = CliRunner().invoke(
+        app, ["views", *TINY, *arguments, "--rounds", "3", "--json", str(path)]
+    )
+    assert result.exit_code == 0, result.output
+    assert "ratio" in result.output
+    record = json.loads(path.read_text())
+    assert len(record["rounds"]) == 3
+    assert record["settings"]["style"] == style
+    assert {"commit", "hardware", "torch"} <= set(record["environment"])
+    for each in record["rounds"]:
+        assert each["ratio"] == pytest.approx(each["batched"] / each["reference"])
+    ratio = record["summary"]["ratio"]
+    assert ratio["min"] <= ratio["median"] <= ratio["max"]
+
+
+def test_impossible_options_are_explained() -> None:
+    result = CliRunner().invoke(app, ["views", *TINY, "--style", "simsiam", "--local-views", "8"])
+    assert result.exit_code == 2
+    assert "local_views is 8" in result.output
+
+
+def test_help_teaches() -> None:
+    result = CliRunner().invoke(app, ["views", "--help"])
+    assert result.exit_code == 0
+    assert "Example" in result.output
+
+
+def test_photographs_are_reproducible() -> None:
+    assert photograph(3, 40).tobytes() == photograph(3, 40).tobytes()
+    assert photograph(3, 40).tobytes() != photograph(4, 40).tobytes()
