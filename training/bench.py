@@ -8,9 +8,15 @@ same round holds. Each round also times a fixed matrix product (the canary): whe
 the machine was not quiet.
 """
 
+import functools
 import json
+import os
+import resource
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -23,16 +29,24 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from clever_zoo.backbones import list_backbones
 from clever_zoo.cli import fail
 from clever_zoo.encoder import usable_device
 from clever_zoo.errors import CleverZooError, RecipeError
 from clever_zoo.files import write_atomic
 from clever_zoo.spec import IMAGENET_MEAN, IMAGENET_STD, problem_lines
-from training.config import ViewsConfig
+from training.clever import Clever, CleverSection
+from training.config import Recipe, ViewsConfig, load_recipe
+from training.data import load_train_images
+from training.distributed import Processes
+from training.methods.dino import Dino, DinoSection
+from training.pretrain import build_views, train
 from training.provenance import environment
+from training.runlog import LOG, read_log
 from training.views import MultiCrop
 
 CANARY_SIZE = 512
+IN100_EPOCHS, IN100_IMAGES = 200, 126_689
 
 app = typer.Typer(
     help="Compare the speed of ours with a peer's, in one process and in turns.",
@@ -191,6 +205,204 @@ def views(
     except (CleverZooError, OSError) as error:
         fail(error)
     Console().print(views_table(record))
+
+
+def heads_memory(settings: dict[str, int], chunk_images: int | None, device: str) -> dict[str, Any]:
+    """Peak memory and time of CLeVER's two DINO heads and losses, forward and backward.
+
+    Args:
+        settings: `batch`, `views`, `prototypes`, `feature_dim`.
+        chunk_images: As in `DinoSection`; None scores the whole batch at once.
+
+    Returns:
+        `peak_bytes` above what features and parameters take, `seconds`, `gradient_norm`.
+    """
+    torch.manual_seed(0)
+    section = DinoSection(prototypes=settings["prototypes"], chunk_images=chunk_images)
+    width = settings["feature_dim"]
+    clever = Clever(lambda w: Dino(w, section), width, int(0.8 * width), CleverSection())
+    features = torch.randn(settings["views"], settings["batch"], width)
+    clever, features = clever.to(device), features.to(device).requires_grad_()
+
+    def work() -> None:
+        terms = clever.loss_terms(features[:2].detach(), features, 0)
+        torch.stack(list(terms.values())).sum().backward()
+
+    before = _peak_bytes(device)
+    spent = seconds(work, device)
+    gradients = [p.grad.norm() for p in clever.parameters() if p.grad is not None]
+    return {
+        "peak_bytes": _peak_bytes(device) - before,
+        "seconds": spent,
+        "gradient_norm": torch.stack(gradients).norm().item(),
+    }
+
+
+def _peak_bytes(device: str) -> int:
+    """Greatest memory use so far: the allocator's on a GPU, the whole process's on a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function where nothing has used memory before it."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+@app.command()
+def heads(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 128,
+    views: Annotated[int, typer.Option(min=3, help="Views of an image, two of them global.")] = 10,
+    prototypes: Annotated[int, typer.Option(min=2, help="Prototypes of each head.")] = 65536,
+    feature_dim: Annotated[int, typer.Option(min=2, help="Width of the features.")] = 2048,
+    chunk_images: Annotated[int, typer.Option(min=1, help="Images scored at a time.")] = 16,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the record there.")
+    ] = None,
+) -> None:
+    """Peak memory of the two prototype heads: all images at once beside some at a time.
+
+    Each form runs in a process of its own, forward and backward, on random features; the norms
+    of their gradients are printed to show that they are the same. `method.chunk_images` in a
+    recipe chooses the second.
+
+    Example: python -m training.bench heads --chunk-images 8
+    """
+    settings = {
+        "batch": batch, "views": views, "prototypes": prototypes, "feature_dim": feature_dim
+    }  # fmt: skip
+    try:
+        usable_device(device)
+        forms = {"all at once": None, f"{chunk_images} at a time": chunk_images}
+        rows = {
+            name: _in_new_process(heads_memory, settings, chunk, device)
+            for name, chunk in forms.items()
+        }
+        record = {"settings": settings, "environment": environment(device), "forms": rows}
+        if json_path is not None:
+            write_atomic(json_path, (json.dumps(record, indent=2) + "\n").encode())
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    table = Table("", "peak memory", "ratio", "seconds", "gradient norm", title="two heads")
+    whole = rows["all at once"]
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row['peak_bytes'] / 1e9:.2f} GB",
+            f"{row['peak_bytes'] / whole['peak_bytes']:.2f}",
+            f"{row['seconds']:.1f}",
+            f"{row['gradient_norm']:.6g}",
+        )
+    table.caption = f"{record['environment']['hardware']}, torch {record['environment']['torch']}"
+    Console().print(table)
+
+
+def reference_views_rate(config: ViewsConfig, images: int, image_size: int) -> float:
+    """Images/s of the reference pipeline in one process, on ready-made Pillow images."""
+    torch.set_num_threads(1)
+    pillow = [photograph(seed, image_size) for seed in range(images)]
+    reference = config.model_copy(update={"pipeline": "reference"})
+    make = MultiCrop(reference, IMAGENET_MEAN, IMAGENET_STD, seed=0)
+    samples = np.arange(images)
+    return images / seconds(lambda: make.views_of(pillow, samples, 0, torch.device("cpu")), "cpu")
+
+
+def fleet_rate(config: ViewsConfig, images: int, image_size: int, cores: int) -> float:
+    """Images/s of the reference pipeline on all cores at once."""
+    with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(reference_views_rate, config, images, image_size) for _ in range(cores)]
+        return sum(job.result() for job in jobs)
+
+
+def step_rates(recipe: Recipe, device: str, steps: int) -> dict[str, float]:
+    """Train a few steps on made-up images and read the run's own log.
+
+    Returns:
+        Medians over the steps after the first: `images_per_s`, `data_share` of a step spent
+        waiting for images, `views_s`, `step_s`.
+    """
+    images = load_train_images(recipe.data, None, at_least=recipe.batch_size)
+    processes = Processes(torch.device(device))
+    with tempfile.TemporaryDirectory() as folder:
+        train(recipe, images, Path(folder), processes=processes, stop_at_step=steps + 1)
+        lines = read_log(Path(folder) / LOG)[1:]
+    batch = images.__getitems__(range(recipe.batch_size))
+    make, pixels = build_views(recipe), batch.images.to(device)
+    make_views = functools.partial(make, pixels, batch.samples.numpy(), 0)
+    make_views()
+    return {
+        "images_per_s": median(line["images_per_s"] for line in lines),
+        "data_share": median(line["data_s"] / line["step_s"] for line in lines),
+        "step_s": median(line["step_s"] for line in lines),
+        "views_s": median(seconds(make_views, device) for _ in range(3)),
+    }
+
+
+@app.command()
+def step(
+    recipes: Annotated[
+        list[str] | None, typer.Argument(help="Recipes (default: CLeVER's of ImageNet-100).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch: Annotated[int, typer.Option(min=2, help="Images of a step.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Counted steps.")] = 3,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    cores: Annotated[int, typer.Option(min=0, help="Cores of the peer; 0: all.")] = 0,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the record there.")
+    ] = None,
+) -> None:
+    """Time whole training steps, and say what 200 epochs of ImageNet-100 would take.
+
+    The peer is the same step fed by the reference views of all of the machine's cores, taken to
+    overlap with the step perfectly: the lesser of the two rates.
+
+    Example: python -m training.bench step --device cuda --batch 128 --precision bf16
+    """
+    names = recipes or [f"clever-{b.replace('_', '-')}.in100-caug" for b in list_backbones()]
+    rows: dict[str, dict[str, float]] = {}
+    try:
+        usable_device(device)
+        overrides = [
+            *("data.dataset=fake", f"data.fake_images={2 * batch}", f"batch_size={batch}"),
+            f"run.precision={precision}",
+        ]
+        for name in names:
+            recipe = load_recipe(name, overrides)
+            rows[name] = step_rates(recipe, device, steps)
+        side = recipe.data.image_size_px
+        fleet = fleet_rate(recipe.views, 8, side, cores or os.cpu_count() or 1)
+        for row in rows.values():
+            row["peer_images_per_s"] = min(fleet, batch / (row["step_s"] - row["views_s"]))
+            row["in100_hours"] = IN100_EPOCHS * IN100_IMAGES / row["images_per_s"] / 3600
+        record = {
+            "settings": {"batch": batch, "steps": steps, "precision": precision},
+            "environment": environment(device),
+            "reference_views_per_s": fleet,
+            "recipes": rows,
+        }
+        if json_path is not None:
+            write_atomic(json_path, (json.dumps(record, indent=2) + "\n").encode())
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    table = Table(
+        *("", "images/s", "waiting for data", "peer", "ratio", "200 epochs of ImageNet-100"),
+        title=f"training steps, batch {batch}, {precision}",
+    )
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row['images_per_s']:.1f}",
+            f"{row['data_share']:.1%}",
+            f"{row['peer_images_per_s']:.1f}",
+            f"{row['images_per_s'] / row['peer_images_per_s']:.2f}",
+            f"{row['in100_hours']:,.0f} h",
+        )
+    table.caption = f"{record['environment']['hardware']}, torch {record['environment']['torch']}"
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,18 @@ from clever_zoo.preprocess import crop_pixels
 from clever_zoo.spec import PreprocessSpec
 from tests import oracles
 from training import pretrain, release
-from training.data import load_fashion_mnist, load_split
+from training.checkpoint import CHECKPOINT
+from training.config import load_recipe
+from training.data import TrainImages, load_fashion_mnist, load_train_images
 from training.evaluate import __main__ as evaluate
 from training.evaluate.knn import TEMPERATURE, knn_accuracy, knn_predict
 from training.evaluate.perturb import circular_mask, draw_angles, perturb
 from training.evaluate.rotation import angle_r2
 from training.evaluate.suite import backbone_features, evaluation_pixels
 from training.runs import load_run
+
+MINIATURE = ["epochs=1", "batch_size=16", "method.prototypes=64", "method.hidden_dim=64"]
+MINIATURE += ["method.bottleneck_dim=32", "optimizer.warmup_epochs=0.25"]
 
 
 @pytest.mark.parametrize("k", [1, 3, 20])
@@ -103,9 +108,9 @@ def test_evaluation_sees_what_the_released_encoder_sees(fashion_mnist_folder: Pa
 def runs(tmp_path_factory: pytest.TempPathFactory, fashion_mnist_folder: Path) -> Path:
     """A miniature CLeVER run and its baseline on the bundled pictures."""
     base = tmp_path_factory.mktemp("runs")
-    data = load_fashion_mnist(fashion_mnist_folder, "train")
+    data = TrainImages(load_fashion_mnist(fashion_mnist_folder, "train"))
     for name in ("clever-resnet18.fmnist", "dino-resnet18.fmnist"):
-        recipe = pretrain.smoke_version(pretrain.load_recipe(name))
+        recipe = load_recipe(name, MINIATURE)
         pretrain.train(recipe, data, base / name, stop_at_step=3)
     return base
 
@@ -123,7 +128,7 @@ def record(runs: Path, fashion_mnist_folder: Path) -> dict:
 
 
 def test_the_record_has_every_column_and_part(record: dict) -> None:
-    names = ["clever-resnet18.fmnist-smoke", "dino-resnet18.fmnist-smoke", "untrained", "pixels"]
+    names = ["clever-resnet18.fmnist", "dino-resnet18.fmnist", "untrained", "pixels"]
     assert list(record["columns"]) == names
     assert record["evaluation"].keys() >= {"commit", "hardware", "torch"}
     for name, column in record["columns"].items():
@@ -136,7 +141,7 @@ def test_the_record_has_every_column_and_part(record: dict) -> None:
                 assert score["std"] >= 0
     # The gallery and the clean queries are the same pictures, so each query finds itself.
     assert record["columns"]["pixels"]["knn"]["clean"]["full"] > 60
-    training = record["columns"]["dino-resnet18.fmnist-smoke"]["training"]
+    training = record["columns"]["dino-resnet18.fmnist"]["training"]
     assert training["images_seen"] == 48
     assert training["finished"] is False
 
@@ -232,10 +237,9 @@ def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
             for path in sample_paths()[:8]:
                 target = tmp_path / "data" / split / name / path.name
                 target.write_bytes(path.read_bytes())
-    content = pretrain.smoke_version(pretrain.load_recipe("clever-resnet18.fmnist")).model_dump()
-    content["data"] |= {"dataset": "image-folder", "image_size_px": 28}
-    recipe = pretrain.parse_recipe(content, "test")
-    train = load_split(recipe.data, tmp_path / "data", "train")
+    folder = ["data.dataset=image-folder", "data.image_size_px=28"]
+    recipe = load_recipe("clever-resnet18.fmnist", [*MINIATURE, *folder])
+    train = load_train_images(recipe.data, tmp_path / "data")
     pretrain.train(recipe, train, tmp_path / "run", stop_at_step=1)
     with pytest.raises(DataError, match="classes of train are missing: b"):
         evaluate.evaluate_run(tmp_path / "run", None, tmp_path / "data", "cpu")
@@ -244,7 +248,7 @@ def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
 def test_folders_without_a_run_are_checkpoint_errors(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         load_run(tmp_path)
-    source = runs / "clever-resnet18.fmnist" / pretrain.CHECKPOINT
-    (tmp_path / pretrain.CHECKPOINT).write_bytes(source.read_bytes())
+    source = runs / "clever-resnet18.fmnist" / CHECKPOINT
+    (tmp_path / CHECKPOINT).write_bytes(source.read_bytes())
     with pytest.raises(CheckpointError, match=r"environment\.json"):
         load_run(tmp_path)
