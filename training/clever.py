@@ -27,9 +27,9 @@ class CleverSection(Section):
     head_balance_normalize: bool = False
     head_balance_shape: BalanceShape = "absolute"
     transform_weight: float = Field(0.0, ge=0)
+    transform_start_epochs: float = Field(0.0, ge=0)
     transform_hidden_dim: int = Field(512, ge=1)
     decorrelation_weight: float = Field(0.0, ge=0)
-    adversary_weight: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> "CleverSection":

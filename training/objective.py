@@ -61,13 +61,14 @@ class Objective(nn.Module):
         )
 
     def forward(
-        self, views: Views, samples: NDArray[np.integer], epoch: int
+        self, views: Views, samples: NDArray[np.integer], epoch: float
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The weighted loss terms by name, and the student's features without gradient.
 
         Args:
             views: All views of a batch.
             samples: Index of each image in the data set, (B,).
+            epoch: Fractional epoch.
 
         Returns:
             Scalars whose sum is the loss; features (S, B, D).
@@ -75,7 +76,7 @@ class Objective(nn.Module):
         keys = {
             "samples": samples,
             "seed": self.recipe.seed,
-            "epoch": epoch,
+            "epoch": int(epoch),
             "together": self.recipe.method_row.build.multi_crop,
         }
         online = forward_views(self.student, views.pixels, **keys)
@@ -84,9 +85,9 @@ class Objective(nn.Module):
             with torch.no_grad():
                 pixels = views.pixels[:TEACHER_VIEWS]
                 target = forward_views(self.teacher, pixels, first_view=TEACHER_KEY, **keys)
-        terms = self.method.loss_terms(target, online, epoch)
+        terms = self.method.loss_terms(target, online, int(epoch))
         if self.transform is not None:
-            terms |= self.transform.loss_terms(online, views.parameters)
+            terms |= self.transform.loss_terms(online, views.parameters, epoch)
         return terms, online.detach()
 
     def diagnostics(self, features: Tensor) -> dict[str, float]:

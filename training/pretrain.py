@@ -181,7 +181,7 @@ def train(
     with RunLog(out / LOG, first_step=progress["step"], total_steps=total, enabled=first) as log:
         while wanted():
             step, began = progress["step"], time.monotonic()
-            epoch = step // steps_per_epoch
+            epoch = step / steps_per_epoch
             batch = next(batches)
             images = batch.images.to(device, non_blocking=True)
             parts = batch.samples.numpy().reshape(recipe.run.accumulation_steps, -1)
@@ -193,7 +193,7 @@ def train(
             for i, (pixels, samples) in enumerate(
                 zip(images.chunk(len(parts)), parts, strict=True)
             ):
-                views = make_views(pixels, samples, epoch)
+                views = make_views(pixels, samples, int(epoch))
                 with gradients_averaged(distributed, last=i == len(parts) - 1):
                     with torch.autocast(device.type, half, enabled=half is not None):
                         part_terms, features = distributed(views, samples, epoch)
@@ -202,7 +202,7 @@ def train(
                 terms.append(part_terms)
             values = finite_means(terms, step)
 
-            for parameter in objective.method.frozen_parameters(step / steps_per_epoch):
+            for parameter in objective.method.frozen_parameters(epoch):
                 parameter.grad = None
             scaler.unscale_(optimizer)
             norm = clip_gradients(objective.parameters(), recipe.optimizer).item()
@@ -214,7 +214,7 @@ def train(
 
             now = time.monotonic()
             progress = {"step": step + 1, "seconds": earlier_s + now - started}
-            record = {"step": step, "epoch": step / steps_per_epoch, "loss": sum(values.values())}
+            record = {"step": step, "epoch": epoch, "loss": sum(values.values())}
             record |= values | rates | {"grad_norm": norm}
             if first and step % DIAGNOSTICS_EVERY_STEPS == 0:
                 record |= objective.diagnostics(features)
@@ -233,7 +233,7 @@ def train(
                 state.save(out / CHECKPOINT, progress | fixed)
                 saved = now
                 if ends_epoch:
-                    keep_epoch(out, epoch, keep)
+                    keep_epoch(out, int(epoch), keep)
     if first:
         state.save(out / CHECKPOINT, progress | fixed)
         if progress["step"]:

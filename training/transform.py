@@ -45,13 +45,32 @@ def relative_crop(first: ViewParameters, second: ViewParameters) -> Tensor:
 
 def relative_jitter(first: ViewParameters, second: ViewParameters) -> Tensor:
     """(B, 4): differences of brightness, contrast, saturation and hue, about -2..2."""
-    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], device=first.factors.device)
-    a, b = (torch.where(p.jitter[:, None], p.factors, neutral) for p in (first, second))
-    return (b - a) / torch.tensor(JITTER_HALF_RANGES, device=a.device)
+    difference = _factors(second) - _factors(first)
+    return difference / torch.tensor(JITTER_HALF_RANGES, device=difference.device)
+
+
+def own_transform(p: ViewParameters) -> Tensor:
+    """(B, 10): what was done to each view itself: rotation, flip, crop and colour jitter.
+
+    Columns: sine and cosine of the angle, flip, log of the area, centre across and down, and the
+    jitter's factors (neutral where there was none).
+    """
+    radians = torch.deg2rad(p.angle)
+    across, down = p.left + p.width / 2, p.top + p.height / 2
+    geometry = [radians.sin(), radians.cos(), p.flip.float(), (p.height * p.width).log()]
+    return torch.cat([torch.stack([*geometry, across, down], dim=1), _factors(p)], dim=1)
+
+
+def _factors(p: ViewParameters) -> Tensor:
+    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], device=p.factors.device)
+    return torch.where(p.jitter[:, None], p.factors, neutral)
 
 
 class TransformTerm(nn.Module):
     """Prediction of the relative transformation from the equivariant halves of two views.
+
+    With a `decorrelation_weight` the invariant half is kept from telling the same: see
+    `RunningProbe`.
 
     Args:
         feature_dim: Width D of the features.
@@ -64,80 +83,94 @@ class TransformTerm(nn.Module):
         super().__init__()
         self.invariant_dim = invariant_dim
         self.section = section
-        hidden = section.transform_hidden_dim
-        self.head = self._perceptron(2 * (feature_dim - invariant_dim), hidden)
-        if section.adversary_weight:
-            self.adversary = self._perceptron(2 * invariant_dim, hidden)
-
-    def _perceptron(self, in_dim: int, hidden: int) -> nn.Module:
-        return nn.Sequential(
-            nn.Linear(in_dim, hidden), nn.ReLU(), nn.Linear(hidden, sum(self.GROUPS))
+        self.head = nn.Sequential(
+            nn.Linear(2 * (feature_dim - invariant_dim), section.transform_hidden_dim),
+            nn.ReLU(),
+            nn.Linear(section.transform_hidden_dim, sum(self.GROUPS)),
+        )
+        self.probe = (
+            RunningProbe(invariant_dim, sum(self.GROUPS)) if section.decorrelation_weight else None
         )
 
     def loss_terms(
-        self, online_features: Tensor, parameters: list[ViewParameters]
+        self, online_features: Tensor, parameters: list[ViewParameters], epoch: float
     ) -> dict[str, Tensor]:
-        """The weighted terms of a step by name.
+        """The weighted terms of a step by name; they are 0 before their first epoch.
 
         Args:
             online_features: (S, B, D); the first two views are used.
             parameters: What was done to each view.
+            epoch: Fractional epoch.
         """
-        first, second = parameters[:2]
-        pair = split_features(online_features[:2], self.invariant_dim)
-        s = self.section
+        started = float(epoch >= self.section.transform_start_epochs)
+        pair, known = split_features(online_features[:2], self.invariant_dim), parameters[:2]
         prediction = self.head(torch.cat(list(pair.equivariant), dim=1))
-        terms = {"transform": s.transform_weight * self.error(prediction, first, second)}
-        if s.decorrelation_weight:
-            terms["decorrelation"] = s.decorrelation_weight * decorrelation_loss(
-                pair.invariant, [first, second]
+        weight = started * self.section.transform_weight
+        terms = {"transform": weight * transform_loss(prediction, *known)}
+        if self.probe is not None:
+            told = torch.stack([own_transform(p) for p in known])
+            weight = started * self.section.decorrelation_weight
+            terms["decorrelation"] = weight * self.probe(
+                gather_batch(pair.invariant).flatten(0, 1), gather_batch(told).flatten(0, 1)
             )
-        if s.adversary_weight:
-            reversed_pair = _Reverse.apply(
-                torch.cat(list(pair.invariant), dim=1), s.adversary_weight
-            )
-            terms["adversary"] = self.error(self.adversary(reversed_pair), first, second)
         return terms
 
-    def error(self, prediction: Tensor, first: ViewParameters, second: ViewParameters) -> Tensor:
-        rotation, flip, crop, jitter = prediction.float().split(self.GROUPS, dim=1)
-        same_flip = (first.flip == second.flip).float()
-        # Saturation and hue of a grey view cannot be seen.
-        seen = torch.ones_like(jitter)
-        seen[:, 2:] = (~(first.grayscale | second.grayscale))[:, None].float()
-        errors = [
-            F.mse_loss(rotation, relative_rotation(first, second)),
-            F.binary_cross_entropy_with_logits(flip.squeeze(1), same_flip),
-            F.mse_loss(crop, relative_crop(first, second)),
-            ((jitter - relative_jitter(first, second)).square() * seen).mean(),
-        ]
-        return torch.stack(errors).mean()
+
+def transform_loss(prediction: Tensor, first: ViewParameters, second: ViewParameters) -> Tensor:
+    """Mean error of rotation, crop and jitter (squared) and of the flip (cross-entropy).
+
+    Args:
+        prediction: (B, 10): sine, cosine; logit that the flips are equal; log scale, right,
+            down; four jitter differences. Saturation and hue do not count where a view is grey.
+    """
+    rotation, flip, crop, jitter = prediction.float().split(TransformTerm.GROUPS, dim=1)
+    seen = torch.ones_like(jitter)
+    seen[:, 2:] = (~(first.grayscale | second.grayscale))[:, None].float()
+    errors = [
+        F.mse_loss(rotation, relative_rotation(first, second)),
+        F.binary_cross_entropy_with_logits(flip.squeeze(1), (first.flip == second.flip).float()),
+        F.mse_loss(crop, relative_crop(first, second)),
+        ((jitter - relative_jitter(first, second)).square() * seen).mean(),
+    ]
+    return torch.stack(errors).mean()
 
 
-class _Reverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.weight = weight
-        return x.view_as(x)
+class RunningProbe(nn.Module):
+    """What a linear regression would read from features, as a loss that unlearns it.
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return -ctx.weight * gradient, None
+    The regression is solved at every step from running averages of the features' covariances, so
+    that it knows thousands of images and is never behind. The share of the truth's variance that
+    it tells of this batch (R^2) is squared and pushed to 0. The slope of a correlation would
+    vanish where everything can be read; that of a covariance does not.
+    """
 
+    MOMENTUM = 0.99
+    RIDGE = 1e-3  # relative to the mean variance
 
-def decorrelation_loss(invariant: Tensor, parameters: list[ViewParameters]) -> Tensor:
-    """Squared correlation of the invariant half's dimensions with each view's rotation and crop."""
-    invariant = gather_batch(invariant).flatten(0, 1)
-    targets = gather_batch(torch.stack([_own_transform(p) for p in parameters])).flatten(0, 1)
-    x, y = (_standardized(t.float()) for t in (invariant, targets))
-    return (x.T @ y / len(x)).square().sum(0).mean()
+    def __init__(self, width: int, targets: int) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("covariance", torch.zeros(width, width))
+        self.register_buffer("cross", torch.zeros(width, targets))
 
+    def forward(self, features: Tensor, truth: Tensor) -> Tensor:
+        """Mean over targets of (R^2)^2, about 0..1; features (N, width), truth (N, targets)."""
+        with torch.autocast(features.device.type, enabled=False):
+            truth = truth - truth.mean(0)
+            read = features.float() @ self._solve(features.detach().float(), truth)
+            read = read - read.mean(0)
+            told = (read * truth).mean(0) / (truth.square().mean(0) + 1e-8)
+            return told.square().mean()
 
-def _own_transform(p: ViewParameters) -> Tensor:
-    radians = torch.deg2rad(p.angle)
-    return torch.stack([radians.sin(), radians.cos()], dim=1)
-
-
-def _standardized(x: Tensor) -> Tensor:
-    center = x - x.mean(0)
-    return center / (center.square().mean(0) + 1e-5).sqrt()
+    @torch.no_grad()
+    def _solve(self, features: Tensor, truth: Tensor) -> Tensor:
+        self.steps += 1
+        rate = torch.clamp(1 / self.steps, min=1 - self.MOMENTUM)
+        self.mean.lerp_(features.mean(0), rate)
+        center = features - self.mean
+        self.covariance.lerp_(center.T @ center / len(center), rate)
+        self.cross.lerp_(center.T @ truth / len(center), rate)
+        ridge = self.RIDGE * self.covariance.diagonal().mean() + 1e-8
+        identity = torch.eye(len(self.mean), device=self.mean.device)
+        return torch.linalg.solve(self.covariance + ridge * identity, self.cross)

@@ -3,11 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 
 from tests.training.test_methods import small_recipe, views_of
 from training import pixel_ops
 from training.objective import Objective
-from training.transform import relative_crop, relative_jitter, relative_rotation
+from training.transform import (
+    RunningProbe,
+    relative_crop,
+    relative_jitter,
+    relative_rotation,
+)
 from training.views import ViewParameters, draw_parameters
 
 
@@ -84,7 +90,67 @@ def test_the_term_teaches_the_equivariant_half_alone() -> None:
     objective = Objective(recipe)
     views, _ = views_of(recipe)
     features = torch.randn(3, 6, 512, requires_grad=True)
-    objective.transform.loss_terms(features, views.parameters)["transform"].backward()
+    objective.transform.loss_terms(features, views.parameters, 0.0)["transform"].backward()
     assert features.grad is not None
     assert not features.grad[..., :409].any()
     assert features.grad[:2, :, 409:].any()
+
+
+def test_the_probe_reads_what_a_ridge_regression_reads(rng) -> None:
+    """The root of its loss is scikit-learn's R^2 on fresh data, and 0 on noise."""
+    mixing = torch.from_numpy(rng.normal(size=(3, 20))).float()
+
+    def batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        truth = torch.from_numpy(rng.normal(size=(count, 3))).float()
+        noise = torch.from_numpy(rng.normal(0, 3, size=(count, 20))).float()
+        return truth @ mixing + noise + 5, truth
+
+    probe = RunningProbe(20, 3)
+    values = [float(probe(*batch(64))) ** 0.5 for _ in range(400)]
+    features, truth = batch(25_600)
+    test_features, test_truth = batch(25_600)
+    ridge = Ridge(alpha=1.0).fit(features, truth)
+    expected = ridge.score(test_features, test_truth)
+    assert np.mean(values[200:]) == pytest.approx(expected, abs=0.03)
+    noise = RunningProbe(20, 3)
+    values = [float(noise(torch.randn(64, 20), torch.randn(64, 3))) for _ in range(400)]
+    assert np.mean(values[200:]) < 0.03
+
+
+def test_the_probes_gradient_makes_features_forget() -> None:
+    torch.manual_seed(0)
+    truth = torch.randn(64, 2)
+    features = torch.cat([truth, torch.randn(64, 6)], dim=1).requires_grad_()
+    probe = RunningProbe(8, 2)
+    before = probe(features, truth)
+    (gradient,) = torch.autograd.grad(before, features)
+    changed = (features - 20 * gradient).detach()
+    assert before.item() > 0.95
+    for column in range(2):
+        correlation = np.corrcoef(changed[:, column], truth[:, column])[0, 1]
+        assert correlation == pytest.approx(1.0)
+        assert changed[:, column].std() < 0.8 * truth[:, column].std()
+
+
+def test_decorrelation_reaches_the_invariant_half_alone() -> None:
+    weights = {"transform_weight": 1.0, "decorrelation_weight": 1.0}
+    recipe = small_recipe("dino", clever=weights)
+    objective = Objective(recipe)
+    views, _ = views_of(recipe)
+    features = torch.randn(3, 6, 512, requires_grad=True)
+    objective.transform.loss_terms(features, views.parameters, 0.0)["decorrelation"].backward()
+    assert features.grad is not None
+    assert features.grad[:2, :, :409].any()
+    assert not features.grad[..., 409:].any()
+
+
+def test_the_terms_wait_for_their_first_epoch() -> None:
+    weights = {"transform_weight": 1.0, "decorrelation_weight": 1.0, "transform_start_epochs": 0.5}
+    recipe = small_recipe("dino", clever=weights)
+    objective = Objective(recipe)
+    views, _ = views_of(recipe)
+    features = torch.randn(3, 6, 512)
+    for epoch, on in ((0.49, False), (0.5, True), (7.0, True)):
+        terms = objective.transform.loss_terms(features, views.parameters, epoch)
+        assert terms.keys() == {"transform", "decorrelation"}
+        assert all((term.item() > 0) == on for term in terms.values())

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Pretrain on several nodes under SLURM; from the root of a checkout:
+#
+#   sbatch --nodes 2 training/slurm.sh clever-resnet50.in100-caug --data /data/imagenet100
+#
+# Set the partition, account and GPUs per node of your cluster. Ninety seconds before the time
+# limit the run is told to stop with a checkpoint, and the job goes back into the queue; torchrun
+# restarts processes that die, all of them from the last checkpoint.
+#SBATCH --job-name=clever
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@90
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -uo pipefail
+
+if [ $# -eq 0 ]; then
+    echo "usage: sbatch training/slurm.sh RECIPE [KEY=VALUE]... [OPTIONS]" >&2
+    exit 2
+fi
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+srun --kill-on-bad-exit=1 .venv/bin/torchrun \
+    --nnodes "$SLURM_JOB_NUM_NODES" \
+    --nproc-per-node "${SLURM_GPUS_ON_NODE:-4}" \
+    --rdzv-id "$SLURM_JOB_ID" \
+    --rdzv-backend c10d \
+    --rdzv-endpoint "$head_node:29500" \
+    --max-restarts 3 \
+    -m training.pretrain "$@" --device cuda --workers 8
+
+# Exit code 3 of the run: stopped before its end, with a checkpoint.
+status=$?
+if [ "$status" -ne 0 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
