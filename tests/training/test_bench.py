@@ -46,3 +46,30 @@ def test_help_teaches() -> None:
 def test_photographs_are_reproducible() -> None:
     assert photograph(3, 40).tobytes() == photograph(3, 40).tobytes()
     assert photograph(3, 40).tobytes() != photograph(4, 40).tobytes()
+
+
+def test_heads_prints_both_forms_and_equal_gradients(tmp_path) -> None:
+    out = tmp_path / "heads.json"
+    sizes = ["--batch", "8", "--views", "4", "--prototypes", "2048", "--feature-dim", "64"]
+    result = CliRunner().invoke(app, ["heads", *sizes, "--chunk-images", "2", "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    whole, chunked = json.loads(out.read_text())["forms"].values()
+    assert whole["gradient_norm"] == pytest.approx(chunked["gradient_norm"], rel=1e-4)
+    assert whole["peak_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_step_estimates_a_whole_run(tmp_path) -> None:
+    out = tmp_path / "step.json"
+    result = CliRunner().invoke(
+        app,
+        ["step", "clever-vit-tiny.in100-caug", "--batch", "2", "--steps", "1", "--cores", "1",
+         "--json", str(out)],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    record = json.loads(out.read_text())
+    row = record["recipes"]["clever-vit-tiny.in100-caug"]
+    hours = 200 * 126_689 / row["images_per_s"] / 3600
+    assert row["in100_hours"] == pytest.approx(hours)
+    assert 0 <= row["data_share"] < 1
+    assert row["peer_images_per_s"] <= record["reference_views_per_s"]
