@@ -29,6 +29,7 @@ from training.drop_path import SampledDropPath, choose_paths
 from training.networks import build_student, build_teacher, forward_views
 from training.objective import build_method
 from training.optimizers import build_optimizer, clip_gradients, set_schedules
+from training.runs import load_run
 
 SMALL = {
     "name": "small",
@@ -234,6 +235,17 @@ def test_the_untrained_teacher_is_the_student_and_follows_it(tmp_path: Path, dat
     assert loaded == recipe()
     assert progress["step"] == 2
     assert torch.equal(teacher["conv1.weight"], after["teacher.conv1.weight"])
+
+
+def test_without_a_teacher_the_student_is_the_product(tmp_path: Path, data) -> None:
+    r = recipe(method={"name": "simsiam", "hidden_dim": 16, "output_dim": 8, "bottleneck_dim": 4},
+               views=TWO_VIEWS)  # fmt: skip
+    pretrain.train(r, data, tmp_path, stop_at_step=2)
+    saved = tensors(tmp_path)
+    assert not [key for key in saved if "teacher" in key]
+    _, network, facts = load_run(tmp_path)
+    assert torch.equal(network.state_dict()["conv1.weight"], saved["student.conv1.weight"])
+    assert facts["images_seen"] == 16
 
 
 def test_prototypes_are_frozen_at_first(tmp_path: Path, data: TrainImages) -> None:
