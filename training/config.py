@@ -340,12 +340,21 @@ def _read_extended(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, table by table; model_args is one value."""
+    """`above` laid over `below`, table by table.
+
+    `model_args` is one value, and a method of another name brings none of the other's options.
+    """
     merged = dict(below)
     for key, value in above.items():
         tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if tables and key != "model_args" else value
+        if tables and key != "model_args" and not _other_method(key, merged[key], value):
+            value = _merged(merged[key], value)
+        merged[key] = value
     return merged
+
+
+def _other_method(key: str, below: dict[str, Any], above: dict[str, Any]) -> bool:
+    return key == "method" and "name" in above and above["name"] != below.get("name", "dino")
 
 
 def _parse_override(override: str) -> dict[str, Any]:

@@ -3,16 +3,16 @@
 #
 #   sbatch --nodes 2 training/slurm.sh clever-resnet50.in100-caug --data /data/imagenet100
 #
-# Set the partition, account and GPUs per node of your cluster. Ninety seconds before the time
-# limit the run is told to stop with a checkpoint, and the job goes back into the queue; torchrun
-# restarts processes that die, all of them from the last checkpoint.
+# Set the partition, account and GPUs per node of your cluster. Two minutes before the time limit
+# the run is told to stop with a checkpoint, and the job goes back into the queue to go on; torchrun
+# restarts processes that die, all of them from the last checkpoint. A run that fails stays failed.
 #SBATCH --job-name=clever
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@90
+#SBATCH --signal=B:TERM@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -uo pipefail
@@ -22,6 +22,8 @@ if [ $# -eq 0 ]; then
     exit 2
 fi
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+out_of_time=
+trap 'out_of_time=1; kill -TERM "$run"' TERM
 
 srun --kill-on-bad-exit=1 .venv/bin/torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" \
@@ -30,11 +32,12 @@ srun --kill-on-bad-exit=1 .venv/bin/torchrun \
     --rdzv-backend c10d \
     --rdzv-endpoint "$head_node:29500" \
     --max-restarts 3 \
-    -m training.pretrain "$@" --device cuda --workers 8
-
-# Exit code 3 of the run: stopped before its end, with a checkpoint.
+    -m training.pretrain "$@" --device cuda --workers 8 &
+run=$!
+wait "$run"
 status=$?
-if [ "$status" -ne 0 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+if [ -n "$out_of_time" ]; then
+    wait "$run" # the trap ended the first wait
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

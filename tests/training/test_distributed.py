@@ -24,6 +24,7 @@ RECIPES = {
     "dino": [
         "clever-vit-tiny.fmnist",
         *("method.prototypes=64", "method.hidden_dim=32", "method.bottleneck_dim=16"),
+        "method.chunk_images=4",
     ],
     "mocov3": [
         "clever-vit-tiny.fmnist",

@@ -26,6 +26,7 @@ from training.clever import Clever
 from training.config import RECIPES, Recipe, load_recipe, parse_recipe
 from training.data import ImageSet, TrainImages, load_train_images
 from training.drop_path import SampledDropPath, choose_paths
+from training.methods.byol import ByolSection
 from training.networks import build_student, build_teacher, forward_views
 from training.objective import build_method
 from training.optimizers import build_optimizer, clip_gradients, set_schedules
@@ -626,6 +627,8 @@ def test_recipes_extend_and_take_overrides(tmp_path: Path) -> None:
     assert (loaded.name, loaded.epochs, loaded.backbone.name) == ("b", 30, "resnet18")
     assert loaded.clever is not None
     assert loaded.clever.transform_weight == 0.5
+    other = load_recipe("clever-resnet18.fmnist", ["method.name=byol", "views.local_views=0"])
+    assert other.method == ByolSection(name="byol")
     with pytest.raises(RecipeError, match="KEY=VALUE"):
         load_recipe(tmp_path / "b.toml", ["epochs"])
     (tmp_path / "a.toml").write_text('extends = ["b"]\n')
