@@ -376,7 +376,7 @@ def step(
         side = recipe.data.image_size_px
         fleet = fleet_rate(recipe.views, 8, side, cores or os.cpu_count() or 1)
         for row in rows.values():
-            row["peer_images_per_s"] = min(fleet, batch / (row["step_s"] - row["views_s"]))
+            row["peer_images_per_s"] = min(fleet, batch / max(row["step_s"] - row["views_s"], 1e-9))
             row["in100_hours"] = IN100_EPOCHS * IN100_IMAGES / row["images_per_s"] / 3600
         record = {
             "settings": {"batch": batch, "steps": steps, "precision": precision},

@@ -54,11 +54,13 @@ class RunState:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         recipe: Recipe,
+        device: torch.device,
     ) -> None:
         self._objective = objective
         self._optimizer = optimizer
         self._scaler = scaler
         self._recipe = recipe
+        self._device = device
 
     def save(self, path: Path, progress: dict[str, Any]) -> None:
         """Write the state and `progress`, plain numbers, in one atomic step.
@@ -67,8 +69,8 @@ class RunState:
             OSError: If the file cannot be written (the disk is full); an earlier one is intact.
         """
         tensors = {"rng.cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        if self._device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self._device)
         tensors |= self._objective.state_dict()
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
@@ -89,9 +91,7 @@ class RunState:
                 str(path),
             ) from error
 
-    def resume(
-        self, folder: Path, fixed: dict[str, Any], device: torch.device, *, elastic: bool
-    ) -> dict[str, Any]:
+    def resume(self, folder: Path, fixed: dict[str, Any], *, elastic: bool) -> dict[str, Any]:
         """Go back to where `save` left off, if there is a checkpoint.
 
         Args:
@@ -117,8 +117,8 @@ class RunState:
         self._load_optimizer(_under(tensors, "optimizer"))
         self._scaler.load_state_dict(content.scaler)
         torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors and device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        if "rng.cuda" in tensors and self._device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self._device)
         return content.progress
 
     def _check(self, path: Path, content: "_Content", fixed: dict[str, Any], elastic: bool) -> None:
@@ -150,6 +150,12 @@ class RunState:
                 value = torch.empty_like(parameter).copy_(value)
             state.setdefault(int(index), {})[field] = value
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed process left of a checkpoint that it was writing."""
+    for path in folder.glob(f".{CHECKPOINT}.*.tmp"):
+        path.unlink()
 
 
 def keep_epoch(folder: Path, epoch: int, count: int) -> None:

@@ -29,13 +29,13 @@ class CleverSection(Section):
     transform_weight: float = Field(0.0, ge=0)
     transform_start_epochs: float = Field(0.0, ge=0)
     transform_hidden_dim: int = Field(512, ge=1)
-    decorrelation_weight: float = Field(0.0, ge=0)
+    alignment_weight: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> "CleverSection":
-        if self.decorrelation_weight and not self.transform_weight:
+        if self.alignment_weight and not self.transform_weight:
             raise ValueError(
-                f"decorrelation_weight is {self.decorrelation_weight} without a transform_weight"
+                f"alignment_weight is {self.alignment_weight} without a transform_weight"
             )
         return self
 

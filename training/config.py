@@ -165,7 +165,7 @@ class OptimizerConfig(Section):
         weight_decay, weight_decay_end: Cosine from one to the other, step by step.
         weight_decay_policy: What decays: "dino", all but biases and vectors (the reference);
             "model", the same without what the backbone names as not to be decayed; "all".
-        clip_norm: Greatest gradient norm, None for no clipping.
+        clip_norm: Greatest gradient norm, 0 for no clipping.
         clip_scope: Norm of each "tensor" on its own (the reference), or of all ("global").
         fixed_predictor_lr: The predictor's learning rate stays at the peak.
     """
@@ -180,7 +180,7 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.04, ge=0)
     weight_decay_end: float = Field(0.4, ge=0)
     weight_decay_policy: Literal["dino", "model", "all"] = "dino"
-    clip_norm: float | None = Field(3.0, gt=0)
+    clip_norm: float = Field(3.0, ge=0)
     clip_scope: Literal["tensor", "global"] = "tensor"
     fixed_predictor_lr: bool = False
 
@@ -206,7 +206,7 @@ class Recipe(Section):
     """One training run. `load_recipe` reads it from TOML; with a `clever` section it is CLeVER."""
 
     name: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     epochs: int = Field(200, ge=1)
     batch_size: int = Field(512, ge=2)
     data: DataConfig
@@ -243,7 +243,10 @@ class Recipe(Section):
                 "the images of a batch: it cannot be taken part by part, so it must be 1"
             )
         patch = self.backbone.model_args.get("patch_size", 16)
-        for key in ("global_size_px", "local_size_px"):
+        keys = (
+            ("global_size_px", "local_size_px") if self.views.local_views else ("global_size_px",)
+        )
+        for key in keys:
             size = getattr(self.views, key)
             if self.backbone.name.startswith("vit") and size % patch:
                 problems.append(f"views.{key} is {size}; a ViT needs a multiple of patch {patch}")
@@ -285,7 +288,7 @@ class Recipe(Section):
             return build.couples_batch
         signed = self.method.name != "dino"  # cosines of probabilities have no sign
         mean_first = (clever.orthogonality_reduction or build.reduction) == "mean_abs"
-        return bool((signed and mean_first) or clever.decorrelation_weight)
+        return bool((signed and mean_first) or clever.alignment_weight)
 
     @property
     def peak_lr(self) -> float:
@@ -326,13 +329,14 @@ def _read_extended(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     try:
         own = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(str(children[0]), [f"extends a file that cannot be read: {error}"]) from (
-            error
-        )
+        raise RecipeError(str((*children, path)[0]), [f"cannot be read: {error}"]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(str(path), [f"not valid TOML: {error}"]) from error
     content: dict[str, Any] = {}
-    for parent in own.pop("extends", []):
+    parents = own.pop("extends", [])
+    if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
+        raise RecipeError(str(path), [f'extends is {parents!r}; use a list such as ["parts/a"]'])
+    for parent in parents:
         content = _merged(
             content, _read_extended(path.parent / f"{parent}.toml", (*children, path))
         )
@@ -377,7 +381,7 @@ def smoke_version(recipe: Recipe) -> Recipe:
     small = {"prototypes": 64, "hidden_dim": 64, "bottleneck_dim": 32, "output_dim": 32}
     content["method"] |= {k: v for k, v in small.items() if k in content["method"]}
     content["optimizer"] |= {"warmup_epochs": 0.0, "extra_warmup_epochs": 0}
-    content["run"] |= {"smoke": True, "precision": "fp32", "compile": False}
+    content["run"] = {"smoke": True}
     kept = ("image_size_px", "crop_pct", "mean", "std")
     content["data"] = {key: content["data"][key] for key in kept} | {
         "dataset": "fake",

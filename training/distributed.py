@@ -40,7 +40,7 @@ def joined_processes(device: str) -> Iterator[Processes]:
         device: "cpu" or "cuda"; with torchrun, process i of a machine takes its GPU number i.
 
     Raises:
-        ValueError: If the device cannot be used.
+        BackendMissingError: If the device cannot be used.
     """
     if "RANK" not in os.environ:
         yield Processes(usable_device(device))
@@ -82,7 +82,7 @@ def gradients_averaged(objective: nn.Module, *, last: bool) -> AbstractContextMa
 
 
 def rows_of_processes(row: Tensor) -> Tensor:
-    """(n,) -> (world_size, n): every process's row, without gradient, on each of them."""
+    """(n,) -> (world_size, n): every process's row, without gradient; all must call it."""
     if not dist.is_initialized():
         return row.detach()[None]
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
@@ -99,12 +99,12 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value / dist.get_world_size()
 
 
-def decided_by_first(decision: bool, device: torch.device) -> bool:
-    """The first process's decision, on every process, so that all of them stop at one step."""
+def decided_by_any(decision: bool, device: torch.device) -> bool:
+    """Whether any process decided so, on every process, so that all of them stop at one step."""
     if not dist.is_initialized():
         return decision
     flag = torch.tensor(int(decision), device=device)
-    dist.broadcast(flag, src=0)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
 

@@ -1,6 +1,7 @@
 """Which images a process takes at each step, and the batches of them."""
 
 import functools
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -44,6 +45,11 @@ class _StepSampler(Sampler[list[int]]):
         return len(self._steps)
 
 
+def _outlive_sigterm(worker: int) -> None:
+    """A signal to the whole group is the run's to answer; workers end with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _unchanged(batch: Batch) -> Batch:
     return batch
 
@@ -61,6 +67,7 @@ def step_batches(
         batch_sampler=_StepSampler(recipe, len(data), steps, processes),
         collate_fn=_unchanged,
         num_workers=workers,
+        worker_init_fn=_outlive_sigterm,
         pin_memory=processes.device.type == "cuda",
         generator=torch.Generator(),  # the global one belongs to what is trained
     )

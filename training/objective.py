@@ -55,7 +55,7 @@ class Objective(nn.Module):
         self.method = build_method(recipe)
         section = recipe.clever
         self.transform = (
-            TransformTerm(recipe.feature_dim, recipe.invariant_dim, section)
+            TransformTerm(recipe.feature_dim, recipe.invariant_dim, section, recipe.views.style)
             if section is not None and section.transform_weight
             else None
         )
@@ -88,7 +88,7 @@ class Objective(nn.Module):
         terms = self.method.loss_terms(target, online, int(epoch))
         if self.transform is not None:
             terms |= self.transform.loss_terms(online, views.parameters, epoch)
-        return terms, online.detach()
+        return terms, online.detach().float()
 
     def diagnostics(self, features: Tensor) -> dict[str, float]:
         """Signs of collapse of each half by name, from the first view's features (S, B, D)."""

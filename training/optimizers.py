@@ -33,7 +33,7 @@ def build_optimizer(config: OptimizerConfig, modules: Iterable[nn.Module]) -> to
         case "adamw":
             return torch.optim.AdamW(described, lr=0.0, fused=True)
         case "sgd":
-            return torch.optim.SGD(described, lr=0.0, momentum=config.momentum, fused=True)
+            return torch.optim.SGD(described, lr=0.0, momentum=config.momentum)
         case "lars":
             return Lars(described, lr=0.0, momentum=config.momentum, trust_coeff=LARS_TRUST)
 
@@ -88,11 +88,11 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> Tensor:
-    """Clip in place; returns the norm of all gradients before, a scalar."""
+    """Clip unscaled gradients in place; returns the norm of all of them before, a scalar."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     total = torch.linalg.vector_norm(norms)
-    if config.clip_norm is not None:
+    if config.clip_norm:
         measured = norms if config.clip_scope == "tensor" else total.expand(len(gradients))
         scales = (config.clip_norm / (measured + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, list(scales.unbind()))

@@ -195,7 +195,8 @@ def elastic(x: Tensor, noise: Tensor, *, alpha: float = 100.0, sigma: float = 5.
     """
     h, w = x.shape[-2:]
     rows, columns = (_smoothing_matrix(n, sigma, x.device) for n in (h, w))
-    field = rows @ noise @ columns.T * (alpha / torch.tensor([w, h], device=x.device).view(2, 1, 1))
+    field = rows @ noise @ columns.T * alpha
+    field = torch.stack([field[:, 0] / w, field[:, 1] / h], dim=1)
     grid_x = (torch.arange(w, device=x.device) * 2 + 1) / w - 1
     grid_y = (torch.arange(h, device=x.device) * 2 + 1) / h - 1
     grid = torch.stack([grid_x.expand(h, w), grid_y[:, None].expand(h, w)], dim=-1)

@@ -1,7 +1,7 @@
 """Pretrain an encoder from a recipe.
 
     python -m training.pretrain clever-resnet18.fmnist --out runs/clever-resnet18.fmnist
-    torchrun --nproc-per-node 8 -m training.pretrain clever-resnet50.in100 --data imagenet100
+    torchrun --nproc-per-node 8 -m training.pretrain clever-resnet50.in100-caug --device cuda
 
 The same command goes on where a stopped run left off, to the bit on a CPU.
 """
@@ -19,14 +19,14 @@ import typer
 from torch import Tensor, nn
 
 from clever_zoo.cli import fail
-from clever_zoo.errors import CleverZooError, NonFiniteError, RecipeError
+from clever_zoo.errors import CheckpointError, CleverZooError, NonFiniteError, RecipeError
 from clever_zoo.spec import PreprocessSpec
-from training.checkpoint import CHECKPOINT, RunState, keep_epoch
+from training.checkpoint import CHECKPOINT, RunState, keep_epoch, remove_unfinished
 from training.config import Recipe, load_recipe
 from training.data import TrainImages, load_train_images
 from training.distributed import (
     Processes,
-    decided_by_first,
+    decided_by_any,
     gradients_averaged,
     joined_processes,
     rows_of_processes,
@@ -42,6 +42,7 @@ from training.views import MultiCrop
 
 UNFINISHED_EXIT_CODE = 3
 DIAGNOSTICS_EVERY_STEPS = 50
+LEAST_LOSS_SCALE = 1.0
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -72,7 +73,7 @@ def check_recipe_fits(recipe: Recipe, count: int, processes: Processes) -> None:
 
 
 def finite_means(terms: list[dict[str, Tensor]], step: int) -> dict[str, float]:
-    """Each term's mean over a step's parts and all processes, in one transfer.
+    """Each term's mean over a step's parts and all processes, all of which must call this.
 
     Raises:
         NonFiniteError: Naming the terms, the step and the processes.
@@ -93,6 +94,21 @@ def finite_means(terms: list[dict[str, Tensor]], step: int) -> dict[str, float]:
             "checkpoint with a lower learning rate."
         )
     return dict(zip(names, np.mean(values, axis=0).tolist(), strict=True))
+
+
+def check_agreement(step: int, data_sha256: str, device: torch.device) -> None:
+    """Refuse processes that would train apart; all of them must call this.
+
+    Raises:
+        CheckpointError: If they resume at different steps or see different data.
+    """
+    facts = torch.tensor([step, int(data_sha256[:12], 16)], device=device)
+    steps, data = rows_of_processes(facts).T.tolist()
+    if len(set(steps)) > 1 or len(set(data)) > 1:
+        raise CheckpointError(
+            f"the processes resume at steps {steps} and see {len(set(data))} different data "
+            "set(s); give all nodes one --out folder that they share, and the same images"
+        )
 
 
 def check_gradients(objective: nn.Module, norm: float, step: int) -> None:
@@ -161,13 +177,16 @@ def train(
     objective = Objective(recipe).to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(recipe.optimizer, objective.children())
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.run.precision == "fp16")
-    state = RunState(objective, optimizer, scaler, recipe)
+    state = RunState(objective, optimizer, scaler, recipe, device)
     fixed = {"steps": total, "data_sha256": data.digest(), "world_size": processes.world_size}
-    progress = state.resume(out, fixed, device, elastic=elastic)
+    progress = state.resume(out, fixed, elastic=elastic)
+    check_agreement(progress["step"], fixed["data_sha256"], device)
     distributed = spread(objective, processes, compiled=recipe.run.compile)
     make_views = build_views(recipe)
     batches = step_batches(data, recipe, range(progress["step"], end), processes, workers)
     half = HALF.get(recipe.run.precision)
+    if first:
+        remove_unfinished(out)
     if first and progress["step"] < end:
         record_environment(out / ENVIRONMENT, device.type)
     started = saved = time.monotonic()
@@ -176,7 +195,7 @@ def train(
     def wanted() -> bool:
         late = time.monotonic() - started >= time_limit_s
         stop = late or (interrupted is not None and interrupted.is_set())
-        return progress["step"] < end and not decided_by_first(stop, device)
+        return progress["step"] < end and not decided_by_any(stop, device)
 
     with RunLog(out / LOG, first_step=progress["step"], total_steps=total, enabled=first) as log:
         while wanted():
@@ -206,7 +225,8 @@ def train(
                 parameter.grad = None
             scaler.unscale_(optimizer)
             norm = clip_gradients(objective.parameters(), recipe.optimizer).item()
-            if not scaler.is_enabled():  # a scaler skips such a step and lowers its scale
+            scaling = scaler.is_enabled()  # then such a step is skipped and the scale lowered
+            if not scaling or scaler.get_scale() < LEAST_LOSS_SCALE:
                 check_gradients(objective, norm, step)
             scaler.step(optimizer)
             scaler.update()
@@ -296,7 +316,8 @@ def main(
 
     Writes OUT/checkpoint.safetensors (atomically), OUT/log.jsonl with every loss term of every
     step, OUT/environment.json, OUT/tensorboard, and at the end OUT/report.html. SIGTERM stops it
-    with a checkpoint. Exit code 0: finished. 2: bad input. 3: stopped before the end.
+    with a checkpoint. Exit code 0: finished, or stopped under torchrun. 2: bad input. 3: stopped
+    before the end.
 
     Example: python -m training.pretrain clever-resnet18.fmnist --out runs/clever-resnet18.fmnist
     """
@@ -328,9 +349,13 @@ def main(
     step, steps, seconds = (progress[key] for key in ("step", "steps", "seconds"))
     if processes.first:
         typer.echo(f"{step} of {steps} steps, {seconds:.0f} s: {folder}")
-    if step < steps:
+    # torchrun answers any other exit code than 0 by starting the processes again.
+    if step < steps and processes.world_size == 1:
         raise typer.Exit(UNFINISHED_EXIT_CODE)
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

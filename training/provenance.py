@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from clever_zoo.errors import CheckpointError
 from clever_zoo.files import write_atomic
 
 ENVIRONMENT = "environment.json"
@@ -55,8 +56,15 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def record_environment(path: Path, device: str) -> None:
-    """Keep a list of every environment that a run was trained under, the first one first."""
-    seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    """Keep a list of every environment that a run was trained under, the first one first.
+
+    Raises:
+        CheckpointError: If the list cannot be read.
+    """
+    try:
+        seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it to go on") from error
     current = environment(device)
     if current not in seen:
         write_atomic(path, json.dumps([*seen, current], indent=2).encode())

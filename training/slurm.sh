@@ -25,7 +25,7 @@ head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 out_of_time=
 trap 'out_of_time=1; kill -TERM "$run"' TERM
 
-srun --kill-on-bad-exit=1 .venv/bin/torchrun \
+srun --kill-on-bad-exit=1 --cpus-per-task "$SLURM_CPUS_PER_TASK" .venv/bin/torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc-per-node "${SLURM_GPUS_ON_NODE:-4}" \
     --rdzv-id "$SLURM_JOB_ID" \

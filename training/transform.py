@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from clever_zoo.embedding import split_features
 from training.clever import CleverSection
 from training.distributed import gather_batch
-from training.views import ViewParameters
-
-JITTER_HALF_RANGES = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+from training.losses import full_precision
+from training.views import STYLES, StyleName, ViewParameters
 
 
 def relative_rotation(first: ViewParameters, second: ViewParameters) -> Tensor:
@@ -43,134 +42,107 @@ def relative_crop(first: ViewParameters, second: ViewParameters) -> Tensor:
     return torch.stack([scale, cos * right + sin * down, cos * down - sin * right], dim=1)
 
 
-def relative_jitter(first: ViewParameters, second: ViewParameters) -> Tensor:
-    """(B, 4): differences of brightness, contrast, saturation and hue, about -2..2."""
-    difference = _factors(second) - _factors(first)
-    return difference / torch.tensor(JITTER_HALF_RANGES, device=difference.device)
+def relative_jitter(first: ViewParameters, second: ViewParameters, style: StyleName) -> Tensor:
+    """(B, 4): differences of brightness, contrast, saturation and hue, each in -2..2.
 
-
-def own_transform(p: ViewParameters) -> Tensor:
-    """(B, 10): what was done to each view itself: rotation, flip, crop and colour jitter.
-
-    Columns: sine and cosine of the angle, flip, log of the area, centre across and down, and the
-    jitter's factors (neutral where there was none).
+    The unit is half of the range that the style draws from; without jitter factors are neutral.
     """
-    radians = torch.deg2rad(p.angle)
-    across, down = p.left + p.width / 2, p.top + p.height / 2
-    geometry = [radians.sin(), radians.cos(), p.flip.float(), (p.height * p.width).log()]
-    return torch.cat([torch.stack([*geometry, across, down], dim=1), _factors(p)], dim=1)
-
-
-def _factors(p: ViewParameters) -> Tensor:
-    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], device=p.factors.device)
-    return torch.where(p.jitter[:, None], p.factors, neutral)
+    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    a, b = (torch.where(p.jitter[:, None], p.factors, neutral) for p in (first, second))
+    return (b - a) / torch.tensor([(high - low) / 2 for low, high in STYLES[style].jitter])
 
 
 class TransformTerm(nn.Module):
     """Prediction of the relative transformation from the equivariant halves of two views.
 
-    With a `decorrelation_weight` the invariant half is kept from telling the same: see
-    `RunningProbe`.
+    With an `alignment_weight` the invariant halves of the two views are pulled together, which
+    keeps the invariant half from learning the same.
 
     Args:
         feature_dim: Width D of the features.
         invariant_dim: Where they are cut.
+        style: Of the views.
     """
 
     GROUPS = (2, 1, 3, 4)  # rotation, flip, crop, jitter
 
-    def __init__(self, feature_dim: int, invariant_dim: int, section: CleverSection) -> None:
+    def __init__(
+        self, feature_dim: int, invariant_dim: int, section: CleverSection, style: StyleName
+    ) -> None:
         super().__init__()
         self.invariant_dim = invariant_dim
         self.section = section
+        self.style = style
         self.head = nn.Sequential(
             nn.Linear(2 * (feature_dim - invariant_dim), section.transform_hidden_dim),
             nn.ReLU(),
             nn.Linear(section.transform_hidden_dim, sum(self.GROUPS)),
         )
-        self.probe = (
-            RunningProbe(invariant_dim, sum(self.GROUPS)) if section.decorrelation_weight else None
-        )
 
     def loss_terms(
         self, online_features: Tensor, parameters: list[ViewParameters], epoch: float
     ) -> dict[str, Tensor]:
-        """The weighted terms of a step by name; they are 0 before their first epoch.
+        """The weighted terms of a step by name; `transform` is 0 before its first epoch.
 
         Args:
             online_features: (S, B, D); the first two views are used.
             parameters: What was done to each view.
             epoch: Fractional epoch.
         """
-        started = float(epoch >= self.section.transform_start_epochs)
-        pair, known = split_features(online_features[:2], self.invariant_dim), parameters[:2]
+        s = self.section
+        pair = split_features(online_features[:2], self.invariant_dim)
         prediction = self.head(torch.cat(list(pair.equivariant), dim=1))
-        weight = started * self.section.transform_weight
-        terms = {"transform": weight * transform_loss(prediction, *known)}
-        if self.probe is not None:
-            told = torch.stack([own_transform(p) for p in known])
-            weight = started * self.section.decorrelation_weight
-            terms["decorrelation"] = weight * self.probe(
-                gather_batch(pair.invariant).flatten(0, 1), gather_batch(told).flatten(0, 1)
-            )
+        weight = s.transform_weight * (epoch >= s.transform_start_epochs)
+        error = transform_loss(prediction, *parameters[:2], style=self.style)
+        terms = {"transform": weight * error}
+        if s.alignment_weight:
+            aligned = alignment_loss(gather_batch(pair.invariant))
+            terms["alignment"] = s.alignment_weight * aligned
         return terms
 
 
-def transform_loss(prediction: Tensor, first: ViewParameters, second: ViewParameters) -> Tensor:
+@full_precision
+def transform_loss(
+    prediction: Tensor, first: ViewParameters, second: ViewParameters, *, style: StyleName
+) -> Tensor:
     """Mean error of rotation, crop and jitter (squared) and of the flip (cross-entropy).
 
     Args:
         prediction: (B, 10): sine, cosine; logit that the flips are equal; log scale, right,
             down; four jitter differences. Saturation and hue do not count where a view is grey.
     """
-    rotation, flip, crop, jitter = prediction.float().split(TransformTerm.GROUPS, dim=1)
-    seen = torch.ones_like(jitter)
-    seen[:, 2:] = (~(first.grayscale | second.grayscale))[:, None].float()
+    rotation, flip, crop, jitter = prediction.split(TransformTerm.GROUPS, dim=1)
+    grey = first.grayscale | second.grayscale
+    seen = torch.ones(len(grey), 4)
+    seen[grey, 2:] = 0
+    same_flip = (first.flip == second.flip).float()
+    truth = (
+        relative_rotation(first, second),
+        relative_crop(first, second),
+        relative_jitter(first, second, style),
+        same_flip,
+        seen,
+    )
+    true_rotation, true_crop, true_jitter, same_flip, seen = (
+        t.to(prediction.device, non_blocking=True) for t in truth
+    )
     errors = [
-        F.mse_loss(rotation, relative_rotation(first, second)),
-        F.binary_cross_entropy_with_logits(flip.squeeze(1), (first.flip == second.flip).float()),
-        F.mse_loss(crop, relative_crop(first, second)),
-        ((jitter - relative_jitter(first, second)).square() * seen).mean(),
+        F.mse_loss(rotation, true_rotation),
+        F.binary_cross_entropy_with_logits(flip.squeeze(1), same_flip),
+        F.mse_loss(crop, true_crop),
+        ((jitter - true_jitter).square() * seen).mean(),
     ]
     return torch.stack(errors).mean()
 
 
-class RunningProbe(nn.Module):
-    """What a linear regression would read from features, as a loss that unlearns it.
+@full_precision
+def alignment_loss(features: Tensor) -> Tensor:
+    """One minus the correlation of two views over the batch, a mean over dimensions.
 
-    The regression is solved at every step from running averages of the features' covariances, so
-    that it knows thousands of images and is never behind. The share of the truth's variance that
-    it tells of this batch (R^2) is squared and pushed to 0. The slope of a correlation would
-    vanish where everything can be read; that of a covariance does not.
+    Scale and mean of a dimension do not matter, so that nothing is gained by shrinking it.
+
+    Shapes: (2, B, D) -> scalar in [0, 2].
     """
-
-    MOMENTUM = 0.99
-    RIDGE = 1e-3  # relative to the mean variance
-
-    def __init__(self, width: int, targets: int) -> None:
-        super().__init__()
-        self.register_buffer("steps", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("covariance", torch.zeros(width, width))
-        self.register_buffer("cross", torch.zeros(width, targets))
-
-    def forward(self, features: Tensor, truth: Tensor) -> Tensor:
-        """Mean over targets of (R^2)^2, about 0..1; features (N, width), truth (N, targets)."""
-        with torch.autocast(features.device.type, enabled=False):
-            truth = truth - truth.mean(0)
-            read = features.float() @ self._solve(features.detach().float(), truth)
-            read = read - read.mean(0)
-            told = (read * truth).mean(0) / (truth.square().mean(0) + 1e-8)
-            return told.square().mean()
-
-    @torch.no_grad()
-    def _solve(self, features: Tensor, truth: Tensor) -> Tensor:
-        self.steps += 1
-        rate = torch.clamp(1 / self.steps, min=1 - self.MOMENTUM)
-        self.mean.lerp_(features.mean(0), rate)
-        center = features - self.mean
-        self.covariance.lerp_(center.T @ center / len(center), rate)
-        self.cross.lerp_(center.T @ truth / len(center), rate)
-        ridge = self.RIDGE * self.covariance.diagonal().mean() + 1e-8
-        identity = torch.eye(len(self.mean), device=self.mean.device)
-        return torch.linalg.solve(self.covariance + ridge * identity, self.cross)
+    center = features - features.mean(1, keepdim=True)
+    first, second = center / (center.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    return 1 - (first * second).mean()

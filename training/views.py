@@ -285,7 +285,7 @@ class Views(NamedTuple):
     """
 
     pixels: list[Tensor]
-    parameters: list[ViewParameters]
+    parameters: list[ViewParameters]  # on the CPU
 
 
 @dataclass(frozen=True)
@@ -365,5 +365,5 @@ class MultiCrop:
                 source, parameters, size, style, (mean, std), disc_mask=config.disc_mask
             )
             views.pixels.append(pixels.to(device))
-            views.parameters.append(parameters.to(device))
+            views.parameters.append(parameters)
         return views

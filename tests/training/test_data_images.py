@@ -1,5 +1,6 @@
 """Cache, streaming, replacement of bad images, and what DataLoader workers see."""
 
+import errno
 import itertools
 import logging
 import os
@@ -9,7 +10,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,7 +192,10 @@ def test_a_kill_while_writing_leaves_nothing_half(tmp_path: Path) -> None:
 
 
 def test_too_small_a_disk(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(DataError, match="another cache folder"):
         load_split(config(cache="disk"), photos, "train")
 

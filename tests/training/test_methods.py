@@ -127,7 +127,7 @@ def test_head_balance_is_the_mean_over_pairs_of_heads() -> None:
         for half in halves
     ]
     features = torch.randn(2, BATCH, 512)
-    balance = objective.method.loss_terms(features, features, 0)["head_balance"]
+    balance = objective.method.loss_terms(features, features, 0)["head_balance"].detach()
     expected = np.mean([abs(a - b) for a, b in zip(*norms, strict=True)])
     assert len(norms[0]) == 2
     assert float(balance) == pytest.approx(expected, rel=1e-5)

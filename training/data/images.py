@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-import shutil
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -271,20 +271,28 @@ def _write_cache(
     for stale in [*file.parent.glob(f"{prefix}-*"), *file.parent.glob(f".{prefix}-*.tmp")]:
         logger.warning("%s is removed: damaged, unfinished, or made from other images", stale)
         stale.unlink()
-    size_bytes, free_bytes = int(np.prod(shape)), shutil.disk_usage(file.parent).free
-    if free_bytes < size_bytes:
-        raise DataError(
-            f"the cache {file} needs {size_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are "
-            'free; use another cache folder, a smaller data.image_size_px or cache = "stream"'
-        )
+    size_bytes = int(np.prod(shape))
     with replacing(file) as temporary:
-        pixels = np.memmap(temporary, dtype=np.uint8, mode="w+", shape=shape)
+        _reserve(temporary, size_bytes)
+        pixels = np.memmap(temporary, dtype=np.uint8, mode="r+", shape=shape)
         _decode(reader, pixels, description)
         pixels.flush()
     bad = {index: reader.reason(index) for index in reader.replaced().tolist()}
     record = _CacheRecord(listing=listing, shape=shape, bad=bad)
     write_atomic(file.with_suffix(".json"), record.model_dump_json(indent=2).encode())
     return record
+
+
+def _reserve(file: Path, size_bytes: int) -> None:
+    """Take the disk space at once: a mapped file that outgrows the disk ends the process."""
+    with file.open("wb") as empty:
+        try:
+            os.posix_fallocate(empty.fileno(), 0, size_bytes)
+        except OSError as error:
+            raise DataError(
+                f"the cache {file} needs {size_bytes / 1e9:.1f} GB: {error.strerror}; use another "
+                'cache folder, a smaller data.image_size_px or cache = "stream"'
+            ) from error
 
 
 def _decode(reader: StreamedImages, out: NDArray[np.uint8], description: str) -> None:

@@ -106,7 +106,8 @@ class EmbeddingMethod(Method):
                 target = _each_view(self.teacher_projector, target_features)
         if self.predictor is not None:
             online = _each_view(self.predictor, online)
-        return Projections(gather_batch(target), gather_batch(online))
+        gathered = gather_batch(online)
+        return Projections(gathered if target is online else gather_batch(target), gathered)
 
     def orthogonality(
         self, projections: Projections, epoch: int, reduction: Reduction | None

@@ -148,7 +148,9 @@ class Dino(Method):
     @torch.no_grad()
     def assignments(self, features: Tensor) -> Tensor:
         """(B, in_dim) -> (B, K): the student's assignments."""
-        scores = F.linear(self.student_head(features), self.student_head.prototypes)
+        head = self.student_head.eval()  # looking changes no running statistics
+        scores = F.linear(head(features), head.prototypes)
+        head.train()
         return (scores.float() / self.section.student_temp).softmax(-1)
 
     @torch.no_grad()
