@@ -228,7 +228,7 @@ def heads_memory(settings: dict[str, int], chunk_images: int | None, device: str
         terms = clever.loss_terms(features[:2].detach(), features, 0)
         torch.stack(list(terms.values())).sum().backward()
 
-    before = _peak_bytes(device)
+    before = _used_bytes(device)
     spent = seconds(work, device)
     gradients = [p.grad.norm() for p in clever.parameters() if p.grad is not None]
     return {
@@ -238,8 +238,15 @@ def heads_memory(settings: dict[str, int], chunk_images: int | None, device: str
     }
 
 
+def _used_bytes(device: str) -> int:
+    """Memory in use: the allocator's on a GPU, the whole process's on a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def _peak_bytes(device: str) -> int:
-    """Greatest memory use so far: the allocator's on a GPU, the whole process's on a CPU."""
+    """The greatest `_used_bytes` so far."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -292,7 +299,7 @@ def heads(
         table.add_row(
             name,
             f"{row['peak_bytes'] / 1e9:.2f} GB",
-            f"{row['peak_bytes'] / whole['peak_bytes']:.2f}",
+            f"{row['peak_bytes'] / max(whole['peak_bytes'], 1):.2f}",
             f"{row['seconds']:.1f}",
             f"{row['gradient_norm']:.6g}",
         )

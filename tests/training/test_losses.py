@@ -171,7 +171,7 @@ def test_negative_cosine_matches_the_naive_loops(rng, t, s, b, k) -> None:
     target.requires_grad_()
     actual = negative_cosine_loss(target, online)
     expected = oracles.negative_cosine(target.detach().numpy(), online.detach().numpy())
-    assert float(actual) == pytest.approx(expected, rel=1e-9)
+    assert actual.item() == pytest.approx(expected, rel=1e-9)
     actual.backward()
     assert target.grad is None
 
