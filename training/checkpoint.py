@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from clever_zoo.errors import CheckpointError, RecipeError
@@ -108,8 +108,8 @@ class RunState:
         path = folder / CHECKPOINT
         if not path.exists():
             return {"step": 0, "seconds": 0.0}
+        check_resumable(path, self._recipe, fixed, elastic=elastic)
         content = _read(path)
-        self._check(path, content, fixed, elastic)
         tensors = content.tensors
         self._objective.load_state_dict(
             {k: v for k, v in tensors.items() if not k.startswith(("optimizer.", "rng."))}
@@ -120,23 +120,6 @@ class RunState:
         if "rng.cuda" in tensors and self._device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"], self._device)
         return content.progress
-
-    def _check(self, path: Path, content: "_Content", fixed: dict[str, Any], elastic: bool) -> None:
-        changes = recipe_difference(content.recipe, self._recipe.model_dump(mode="json"))
-        advice = "go on with that recipe, or train into another folder (--out)"
-        saved = {key: content.progress.get(key) for key in fixed}
-        if elastic:
-            saved["world_size"] = fixed["world_size"]
-        for key in (k for k in fixed if saved[k] != fixed[k]):
-            changes.append(f"{key}: checkpoint {saved[key]!r}, now {fixed[key]!r}")
-            if key == "world_size":
-                advice += "; --elastic accepts another number of processes, and rounds otherwise"
-        if changes:
-            lines = "".join(f"\n  - {line}" for line in changes)
-            raise CheckpointError(
-                f"{path} was written under another recipe, data or number of processes:{lines}\n"
-                f"What to do: {advice}."
-            )
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         groups = self._optimizer.state_dict()["param_groups"]
@@ -186,24 +169,55 @@ class _Content(NamedTuple):
     scaler: dict[str, Any]
 
 
-def _read(path: Path) -> _Content:
+def check_resumable(path: Path, recipe: Recipe, fixed: dict[str, Any], *, elastic: bool) -> None:
+    """Compare a checkpoint's header with what would go on from it; reads no tensor.
+
+    Args:
+        fixed: Values of the progress that must be what they were.
+        elastic: `world_size` may differ.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or listing all differences.
+    """
+    header = _read_header(path)
+    changes = recipe_difference(header["recipe"], recipe.model_dump(mode="json"))
+    advice = "go on with that recipe, or train into another folder (--out)"
+    for key, value in fixed.items():
+        saved = header["progress"].get(key)
+        if saved != value and not (elastic and key == "world_size"):
+            changes.append(f"{key}: checkpoint {saved!r}, now {value!r}")
+            if key == "world_size":
+                advice += "; --elastic accepts another number of processes, and rounds otherwise"
+    if changes:
+        lines = "".join(f"\n  - {line}" for line in changes)
+        raise CheckpointError(
+            f"{path} was written under another recipe, data or number of processes:{lines}\n"
+            f"What to do: {advice}."
+        )
+
+
+def _read_header(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            keys = file.keys()
-            tensors, header = {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
-        entries = (json.loads(header[key]) for key in ("recipe", "progress", "scaler"))
-        content = _Content(tensors, *entries)
+            header = file.metadata() or {}
+        entries = {key: json.loads(header[key]) for key in ("recipe", "progress", "scaler")}
+        return entries | {"sha256": header["sha256"]}
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path} is no readable checkpoint of this project ({error!r}); "
             "delete it to start afresh"
         ) from error
-    if header.get("sha256") != (actual := _digest(tensors)):
+
+
+def _read(path: Path) -> _Content:
+    header = _read_header(path)
+    tensors = load_file(path)
+    if header["sha256"] != (actual := _digest(tensors)):
         raise CheckpointError(
             f"{path} is damaged: its tensors have sha256 {actual}, written was "
-            f"{header.get('sha256')}; delete it to start afresh"
+            f"{header['sha256']}; delete it to start afresh"
         )
-    return content
+    return _Content(tensors, header["recipe"], header["progress"], header["scaler"])
 
 
 def _under(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -19,9 +19,21 @@ import typer
 from torch import Tensor, nn
 
 from clever_zoo.cli import fail
-from clever_zoo.errors import CheckpointError, CleverZooError, NonFiniteError, RecipeError
+from clever_zoo.errors import (
+    CheckpointError,
+    CleverZooError,
+    DataError,
+    NonFiniteError,
+    RecipeError,
+)
 from clever_zoo.spec import PreprocessSpec
-from training.checkpoint import CHECKPOINT, RunState, keep_epoch, remove_unfinished
+from training.checkpoint import (
+    CHECKPOINT,
+    RunState,
+    check_resumable,
+    keep_epoch,
+    remove_unfinished,
+)
 from training.config import Recipe, load_recipe
 from training.data import TrainImages, load_train_images
 from training.distributed import (
@@ -52,24 +64,22 @@ def build_views(recipe: Recipe) -> MultiCrop:
     return MultiCrop(recipe.views, mean=d.mean, std=d.std, seed=recipe.seed)
 
 
-def check_recipe_fits(recipe: Recipe, count: int, processes: Processes) -> None:
-    """Refuse what cannot run on this many images and processes.
+def check_shares(recipe: Recipe, processes: Processes) -> None:
+    """Refuse a batch that cannot be divided among the processes and their parts.
 
     Raises:
-        RecipeError: Naming all problems.
+        RecipeError: If it cannot.
     """
-    problems = []
-    if count < recipe.batch_size:
-        problems.append(f"{count} images do not fill one batch of {recipe.batch_size}")
-    shares = processes.world_size * recipe.run.accumulation_steps
-    if recipe.batch_size % shares:
-        problems.append(
-            f"batch_size {recipe.batch_size} cannot be divided among {processes.world_size} "
-            f"process(es) of {recipe.run.accumulation_steps} part(s) each; use a multiple of "
-            f"{shares}"
+    parts = recipe.run.accumulation_steps
+    if recipe.batch_size % (processes.world_size * parts):
+        raise RecipeError(
+            recipe.name,
+            [
+                f"batch_size {recipe.batch_size} cannot be divided among {processes.world_size} "
+                f"process(es) of {parts} part(s) each; use a multiple of "
+                f"{processes.world_size * parts}"
+            ],
         )
-    if problems:
-        raise RecipeError(recipe.name, problems)
 
 
 def finite_means(terms: list[dict[str, Tensor]], step: int) -> dict[str, float]:
@@ -162,15 +172,18 @@ def train(
         The progress: `step` (the next one), `steps` in all, `seconds` spent.
 
     Raises:
-        RecipeError: If the data do not fill a batch or the batch cannot be divided.
+        RecipeError: If the batch cannot be divided.
+        DataError: If the data do not fill a batch.
         CheckpointError: If `out` holds a checkpoint of another recipe, of other data, or of
             another number of processes.
         NonFiniteError: If a loss term or a gradient breaks.
     """
     processes = processes or Processes(torch.device("cpu"))
     device, first = processes.device, processes.first
-    check_recipe_fits(recipe, len(data), processes)
+    check_shares(recipe, processes)
     steps_per_epoch = len(data) // recipe.batch_size
+    if not steps_per_epoch:
+        raise DataError(f"{len(data)} images do not fill one batch of {recipe.batch_size}")
     total = steps_per_epoch * recipe.total_epochs
     end = total if stop_at_step is None else min(stop_at_step, total)
 
@@ -327,11 +340,15 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: interrupted.set())
     try:
         loaded = load_recipe(recipe, overrides or ())
+        folder = out or Path("runs") / loaded.name
         with joined_processes(device) as processes:
+            check_shares(loaded, processes)
+            if (folder / CHECKPOINT).exists():
+                known = {"world_size": processes.world_size}
+                check_resumable(folder / CHECKPOINT, loaded, known, elastic=elastic)
             images = load_train_images(
                 loaded.data, data, at_least=loaded.batch_size, cache_folder=cache
             )
-            folder = out or Path("runs") / loaded.name
             progress = train(
                 loaded,
                 images,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from clever_zoo.errors import CheckpointError, NonFiniteError, RecipeError
+from clever_zoo.errors import CheckpointError, DataError, NonFiniteError, RecipeError
 from clever_zoo.samples import sample_paths
 from training import pretrain
 from training.checkpoint import CHECKPOINT, load_recipe_and_encoder
@@ -213,7 +213,7 @@ def test_other_data_is_refused(tmp_path: Path, data: TrainImages, image_set: Ima
 
 
 def test_too_little_data_is_refused(tmp_path: Path, data: TrainImages) -> None:
-    with pytest.raises(RecipeError, match="34 images do not fill one batch of 64"):
+    with pytest.raises(DataError, match="34 images do not fill one batch of 64"):
         pretrain.train(recipe(batch_size=64), data, tmp_path)
 
 
@@ -445,6 +445,9 @@ def test_command_line(tmp_path: Path, fashion_mnist_folder: Path) -> None:
     (environment,) = json.loads((tmp_path / "run/environment.json").read_text())
     assert {"commit", "hardware", "torch"} <= environment.keys()
     assert runner.invoke(app, ["no-such-recipe"]).exit_code == 2
+    other = runner.invoke(app, [*arguments, *out, "seed=7", "--data", str(tmp_path / "none")])
+    assert other.exit_code == 2
+    assert "seed: checkpoint 0, recipe 7" in other.output
 
 
 def test_a_broken_gradient_stops_before_the_step(tmp_path: Path, data, monkeypatch) -> None:
