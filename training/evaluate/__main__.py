@@ -32,9 +32,9 @@ from training.runs import load_run
 
 
 def evaluate_run(
-    run: Path, baseline: Path | None, data: Path | None, device: str
+    run: Path, baseline: Path | None, data: Path | None, device: str, *, controls: bool = True
 ) -> dict[str, Any]:
-    """The whole record: the run, its baseline, the untrained network and raw pixels.
+    """The whole record: the run, its baseline, and as controls the untrained network and pixels.
 
     Raises:
         CheckpointError: If a run cannot be read.
@@ -57,16 +57,19 @@ def evaluate_run(
         if preprocess_spec(other) != spec or other.backbone != recipe.backbone:
             raise DataError(f"{other.name} has another backbone or transform than {recipe.name}")
         networks[other.name] = (other_teacher, other_training)
-    networks["untrained"] = (build_student(recipe.backbone, recipe.seed), {"seed": recipe.seed})
+    if controls:
+        untrained = build_student(recipe.backbone, recipe.seed)
+        networks["untrained"] = (untrained, {"seed": recipe.seed})
     columns: dict[str, Any] = {}
     cut = recipe.invariant_dim
     for name, (network, facts) in networks.items():
         features = backbone_features(network.to(device), spec)
         scores = evaluate_features(features, train, test, cut=cut, description=name)
         columns[name] = {"training": facts, **scores}
-    columns["pixels"] = evaluate_features(
-        pixel_features, train, test, cut=None, description="pixels"
-    )
+    if controls:
+        columns["pixels"] = evaluate_features(
+            pixel_features, train, test, cut=None, description="pixels"
+        )
     return {
         "model": recipe.name,
         "dataset": recipe.data.dataset,
@@ -84,6 +87,9 @@ def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the record goes.")],
     baseline: Annotated[Path | None, typer.Option(help="Run of the baseline.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
+    controls: Annotated[
+        bool, typer.Option(help="Also evaluate the untrained network and raw pixels.")
+    ] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")] = 0,
 ) -> None:
@@ -95,7 +101,7 @@ def main(
         torch.set_num_threads(threads)
     try:
         usable_device(device)
-        record = evaluate_run(run, baseline, data, device)
+        record = evaluate_run(run, baseline, data, device, controls=controls)
         write_atomic(output, (json.dumps(record, indent=2) + "\n").encode())
     except (CleverZooError, OSError) as error:
         fail(error)
