@@ -374,7 +374,8 @@ def step(
     try:
         usable_device(device)
         overrides = [
-            *("data.dataset=fake", f"data.fake_images={2 * batch}", f"batch_size={batch}"),
+            *("data.dataset=fake", "data.cache=memory", f"data.fake_images={2 * batch}"),
+            f"batch_size={batch}",
             f"run.precision={precision}",
         ]
         for name in names:
