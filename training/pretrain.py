@@ -7,6 +7,7 @@ The same command goes on where a stopped run left off, to the bit on a CPU.
 """
 
 import math
+import os
 import signal
 import threading
 import time
@@ -328,8 +329,8 @@ def main(
     """Pretrain an encoder; the same command continues a stopped run, to the bit on a CPU.
 
     Writes OUT/checkpoint.safetensors (atomically), OUT/log.jsonl with every loss term of every
-    step, OUT/environment.json, OUT/tensorboard, and at the end OUT/report.html. SIGTERM stops it
-    with a checkpoint. Exit code 0: finished, or stopped under torchrun. 2: bad input. 3: stopped
+    step, OUT/environment.json, OUT/tensorboard, and at the end OUT/report.html. SIGTERM stops a
+    single process with a checkpoint. Exit code 0: finished, or stopped under torchrun. 2: bad input. 3: stopped
     before the end.
 
     Example: python -m training.pretrain clever-resnet18.fmnist --out runs/clever-resnet18.fmnist
@@ -337,7 +338,9 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     interrupted = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: interrupted.set())
+    if "RANK" not in os.environ:
+        # A process of many may be waiting for a dead one, where no handler would ever run.
+        signal.signal(signal.SIGTERM, lambda *_: interrupted.set())
     try:
         loaded = load_recipe(recipe, overrides or ())
         folder = out or Path("runs") / loaded.name

@@ -4,7 +4,7 @@
 #   sbatch --nodes 2 training/slurm.sh clever-resnet50.in100-caug --data /data/imagenet100
 #
 # Set the partition, account and GPUs per node of your cluster. Two minutes before the time limit
-# the run is told to stop with a checkpoint, and the job goes back into the queue to go on; torchrun
+# the run is stopped, and the job goes back into the queue to go on from its last checkpoint; torchrun
 # restarts processes that die, all of them from the last checkpoint. A run that fails stays failed.
 #SBATCH --job-name=clever
 #SBATCH --nodes=1
