@@ -330,8 +330,8 @@ def main(
 
     Writes OUT/checkpoint.safetensors (atomically), OUT/log.jsonl with every loss term of every
     step, OUT/environment.json, OUT/tensorboard, and at the end OUT/report.html. SIGTERM stops a
-    single process with a checkpoint. Exit code 0: finished, or stopped under torchrun. 2: bad input. 3: stopped
-    before the end.
+    single process with a checkpoint. Exit code 0: finished, or stopped under torchrun. 2: bad
+    input. 3: stopped before the end.
 
     Example: python -m training.pretrain clever-resnet18.fmnist --out runs/clever-resnet18.fmnist
     """
