@@ -41,6 +41,7 @@ except ImportError as error:
     ) from error
 
 Progress = Callable[[int], None]
+StorageType = Literal["float32", "float16"]
 
 
 class Encoder(nn.Module):
@@ -147,9 +148,7 @@ class Encoder(nn.Module):
         device = next(self.parameters()).device
         return torch.from_numpy(normalize_pixels(pixels, self.spec.preprocess)).to(device)
 
-    def save_pretrained(
-        self, folder: str | Path, *, dtype: Literal["float32", "float16"] = "float32"
-    ) -> ModelSpec:
+    def save_pretrained(self, folder: str | Path, *, dtype: StorageType = "float32") -> ModelSpec:
         """Write config.json and model.safetensors; timm and transformers read the folder too.
 
         Args:
@@ -163,20 +162,7 @@ class Encoder(nn.Module):
         Raises:
             NonFiniteError: If a value does not fit the storage type.
         """
-        keep = set() if dtype == "float32" else _norm_keys(self.backbone)
-        tensors = {
-            key: value.detach().cpu().contiguous()
-            if key in keep or not value.is_floating_point()
-            else value.detach().cpu().to(getattr(torch, dtype)).contiguous()
-            for key, value in self.backbone.state_dict().items()
-        }
-        for key, value in tensors.items():
-            if value.is_floating_point() and not value.isfinite().all():
-                raise NonFiniteError(
-                    f"{key} holds values that are not finite in {dtype}; save as float32 or "
-                    "look for a broken training step"
-                )
-        content = save(tensors, metadata={"format": "pt"})
+        content = pack_weights(self.backbone, dtype)
         weights = WeightFile.of(content)
         spec = self.spec.model_copy(update={"weights": weights})
         config = json.dumps(spec.to_config(), indent=2) + "\n"
@@ -325,6 +311,33 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for child, mode in modes.items():
             child.training = mode
+
+
+def pack_weights(module: nn.Module, dtype: StorageType = "float32") -> bytes:
+    """The content of a safetensors file with a module's state, under the module's own names.
+
+    Args:
+        module: Such as `Encoder.backbone`.
+        dtype: Storage type. float16 halves the file; norm layers and running statistics stay
+            float32.
+
+    Raises:
+        NonFiniteError: If a value is not finite in the storage type.
+    """
+    keep = set() if dtype == "float32" else _norm_keys(module)
+    tensors = {
+        key: value.detach().cpu().contiguous()
+        if key in keep or not value.is_floating_point()
+        else value.detach().cpu().to(getattr(torch, dtype)).contiguous()
+        for key, value in module.state_dict().items()
+    }
+    for key, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise NonFiniteError(
+                f"{key} holds values that are not finite in {dtype}; save as float32 or "
+                "look for a broken training step"
+            )
+    return save(tensors, metadata={"format": "pt"})
 
 
 def _norm_keys(backbone: nn.Module) -> set[str]:
