@@ -277,6 +277,60 @@ def render_view(
     return out
 
 
+def _check_images(images: Tensor, samples: NDArray[np.integer]) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ShapeError(
+            f"views are made from uint8 images of shape (B, 1 or 3, H, W); these are "
+            f"{images.dtype} {tuple(images.shape)}. Pass bytes as they are decoded."
+        )
+    if len(samples) != len(images):
+        raise ShapeError(
+            f"{len(images)} images come with {len(samples)} sample indices; pass one for each"
+        )
+
+
+FULL_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop
+
+
+def crop_and_flip(
+    images: Tensor, samples: NDArray[np.integer], *, seed: int, epoch: int, size: int
+) -> Tensor:
+    """The training transform of every probe and fine-tuning: random resized crop (bilinear), flip.
+
+    Args:
+        images: (B, C, H, W) uint8 with C = 1 or 3; channels-last memory is fastest on a CPU.
+        samples: Index of each image in the data set, (B,).
+        seed, epoch: With the sample, the key of what is drawn.
+        size: Side of the result, pixels.
+
+    Returns:
+        (B, 3, size, size) float, whole numbers 0..255, on the device of `images`.
+
+    Raises:
+        ShapeError: If the images are of another type or shape, or not as many as samples.
+
+    Source: torchvision's RandomResizedCrop and RandomHorizontalFlip at their defaults, which the
+    authors' ``eval_linear.py`` uses.
+    """
+    _check_images(images, samples)
+    parameters = draw_parameters(
+        "global",
+        0,
+        samples,
+        seed=seed,
+        epoch=epoch,
+        style="simsiam",
+        strength="baug",
+        image_size=(images.shape[-2], images.shape[-1]),
+        scale=FULL_SCALE,
+        size=size,
+    )
+    x = pixel_ops.resized_crop(images, parameters.boxes, size, "bilinear")
+    x = x.expand(-1, 3, -1, -1).contiguous()
+    pixel_ops.flip_(x, parameters.flip)
+    return x
+
+
 class Views(NamedTuple):
     """The views of a batch: normalised pixels and what was done to make them.
 
@@ -311,15 +365,7 @@ class MultiCrop:
         Raises:
             ShapeError: If the images are of another type or shape, or not as many as samples.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ShapeError(
-                f"views are made from uint8 images of shape (B, 1 or 3, H, W); these are "
-                f"{images.dtype} {tuple(images.shape)}. Pass bytes as they are decoded."
-            )
-        if len(samples) != len(images):
-            raise ShapeError(
-                f"{len(images)} images come with {len(samples)} sample indices; pass one for each"
-            )
+        _check_images(images, samples)
         source: Tensor | list[Image.Image] = images
         if self.config.pipeline == "reference":
             source = reference_views.to_pillow(images)

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import ColorJitter, RandomResizedCrop, RandomRotation
+from torchvision.transforms import functional as F
 
 from clever_zoo.errors import RecipeError, ShapeError
 from training.config import ViewsConfig, parse_recipe
 from training.streams import uniforms
-from training.views import ASPECT_RATIO, STYLES, MultiCrop, draw_parameters
+from training.views import ASPECT_RATIO, STYLES, MultiCrop, crop_and_flip, draw_parameters
 
 COUNT = 20_000
 SAMPLES = np.arange(COUNT)
@@ -244,3 +246,35 @@ def test_streams_are_uniform_and_uncorrelated_across_keys() -> None:
     counts = np.histogram(base, bins=20, range=(0, 1))[0]
     expected = base.size / 20
     assert ((counts - expected) ** 2 / expected).sum() < 52  # 19 d.o.f., p = 1e-4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_crop_and_flip_makes_torchvisions_pixels(rng, channels: int) -> None:
+    images = torch.from_numpy(rng.integers(0, 256, (12, channels, 40, 31), dtype=np.uint8))
+    samples = np.arange(100, 112)
+    actual = crop_and_flip(images, samples, seed=3, epoch=5, size=24)
+    assert actual.shape == (12, 3, 24, 24)
+    p = parameters(
+        "global", "simsiam", "baug", 24, (0.08, 1.0),
+        view=0, samples=samples, seed=3, epoch=5, image_size=(40, 31),
+    )  # fmt: skip
+    assert 0 < p.flip.sum() < 12
+    for i, box in enumerate(p.boxes.int().tolist()):
+        image = Image.fromarray(images[i].expand(3, -1, -1).permute(1, 2, 0).numpy())
+        image = F.resized_crop(image, *box, [24, 24], F.InterpolationMode.BILINEAR)
+        image = F.hflip(image) if p.flip[i] else image
+        expected = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        assert (actual[i] - expected).abs().max() <= 1
+
+
+def test_crop_and_flip_depends_on_seed_epoch_and_sample_alone(rng) -> None:
+    images = torch.from_numpy(rng.integers(0, 256, (1, 3, 32, 32), dtype=np.uint8)).repeat(
+        4, 1, 1, 1
+    )
+    samples = np.array([4, 9, 2, 7])
+    whole = crop_and_flip(images, samples, seed=0, epoch=1, size=16)
+    part = crop_and_flip(images[:2], samples[[2, 1]], seed=0, epoch=1, size=16)
+    assert torch.equal(part, whole[[2, 1]])
+    assert not torch.equal(whole[0], whole[1])
+    for other in ({"seed": 1, "epoch": 1}, {"seed": 0, "epoch": 2}):
+        assert not torch.equal(crop_and_flip(images, samples, size=16, **other), whole)
