@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clever_zoo.backbones import list_backbones as list_backbones
+    from clever_zoo.classifier import Classifier as Classifier
+    from clever_zoo.classifier import create_classifier as create_classifier
     from clever_zoo.embedding import Embedding as Embedding
     from clever_zoo.encoder import Encoder as Encoder
     from clever_zoo.encoder import create_encoder as create_encoder
@@ -26,10 +28,12 @@ __version__ = "0.1.0"
 
 # Public name -> module, imported on first use: `import clever_zoo` stays free of torch.
 _PUBLIC = {
+    "Classifier": "classifier",
     "CleverZooError": "errors",
     "Embedding": "embedding",
     "Encoder": "encoder",
     "ModelSpec": "spec",
+    "create_classifier": "classifier",
     "create_encoder": "encoder",
     "create_transform": "encoder",
     "from_pretrained": "encoder",

@@ -178,17 +178,7 @@ class Encoder(nn.Module):
             WeightsMismatchError: Listing missing, unexpected and misshapen tensors.
         """
         encoder = cls(spec)
-        expected = encoder.backbone.state_dict()
-        try:
-            stored = load_file(weights)
-        except SafetensorError as error:
-            raise IntegrityError(f"{weights} is no safetensors file: {error}") from error
-        _check_tensors(
-            {k: tuple(v.shape) for k, v in expected.items()},
-            {k: tuple(v.shape) for k, v in stored.items()},
-            weights,
-        )
-        encoder.backbone.load_state_dict(stored)
+        read_weights(encoder.backbone, weights)
         return encoder
 
 
@@ -338,6 +328,25 @@ def pack_weights(module: nn.Module, dtype: StorageType = "float32") -> bytes:
                 "look for a broken training step"
             )
     return save(tensors, metadata={"format": "pt"})
+
+
+def read_weights(module: nn.Module, path: Path) -> None:
+    """Fill a module from a safetensors file that `pack_weights` made, strictly.
+
+    Raises:
+        IntegrityError: If it is no safetensors file.
+        WeightsMismatchError: Listing missing, unexpected and misshapen tensors.
+    """
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise IntegrityError(f"{path} is no safetensors file: {error}") from error
+    _check_tensors(
+        {k: tuple(v.shape) for k, v in module.state_dict().items()},
+        {k: tuple(v.shape) for k, v in stored.items()},
+        path,
+    )
+    module.load_state_dict(stored)
 
 
 def _norm_keys(backbone: nn.Module) -> set[str]:

@@ -5,14 +5,14 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from clever_zoo.errors import DownloadError, IntegrityError, SourceError, SpecError
 from clever_zoo.registry import model_info
-from clever_zoo.spec import CONFIG_FILENAME, ModelSpec, WeightFile
+from clever_zoo.spec import CONFIG_FILENAME, ClassifierSpec, ModelSpec, WeightFile
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class ReleasedSource(NamedTuple):
 
 
 Source = HubSource | LocalSource | ReleasedSource
+Finder = Callable[[str], Path]
 
 
 def parse_source(source: str | Path, revision: str | None = None) -> Source:
@@ -116,30 +117,70 @@ def locate_model(
         SourceError, UnknownModelError, SpecError, DownloadError: If it cannot be found.
         IntegrityError: If the weights are not the recorded ones.
     """
-    match parse_source(source, revision):
-        case ReleasedSource(name):
-            spec = model_info(name)
-            folder = _released_folder(spec)
-        case LocalSource(folder):
-            if not folder.is_dir():
-                raise SourceError(f"{folder} is no folder; pass one that holds {CONFIG_FILENAME}")
-            spec = ModelSpec.read(folder / CONFIG_FILENAME)
-        case HubSource(repo_id, hub_revision):
-            fetch = functools.partial(
-                _hub_file,
-                repo_id,
-                hub_revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                token=token,
-            )
-            spec = ModelSpec.read(fetch(CONFIG_FILENAME))
-            folder = fetch(_weights_of(spec, repo_id).filename).parent
+    parsed = parse_source(source, revision)
+    if isinstance(parsed, ReleasedSource):
+        spec = model_info(parsed.name)
+        find: Finder = _released_folder(spec).joinpath
+    else:
+        find = _finder(parsed, cache_dir, local_files_only, token)
+        spec = ModelSpec.read(find(CONFIG_FILENAME))
+    return spec, _verified_weights(spec, find, source)
+
+
+def locate_classifier(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> tuple[ClassifierSpec, Path]:
+    """Find a classifier's spec and its verified weights file; arguments as in `locate_model`.
+
+    Raises:
+        SpecError: If it is an encoder, or malformed.
+        SourceError, UnknownModelError, DownloadError: If it cannot be found.
+        IntegrityError: If the weights are not the recorded ones.
+    """
+    parsed = parse_source(source, revision)
+    if isinstance(parsed, ReleasedSource):
+        raise SpecError(
+            f"{model_info(parsed.name).name!r} is an encoder; put a head on it with "
+            f"clever_zoo.create_classifier({str(source)!r}, num_classes)"
+        )
+    find = _finder(parsed, cache_dir, local_files_only, token)
+    spec = ClassifierSpec.read(find(CONFIG_FILENAME))
+    return spec, _verified_weights(spec.encoder, find, source)
+
+
+def _finder(
+    source: HubSource | LocalSource,
+    cache_dir: Path | None,
+    local_files_only: bool,
+    token: str | bool | None,
+) -> Finder:
+    """How to get a file of a model by its name."""
+    if isinstance(source, HubSource):
+        return functools.partial(
+            _hub_file,
+            source.repo_id,
+            source.revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+        )
+    if not source.folder.is_dir():
+        raise SourceError(f"{source.folder} is no folder; pass one that holds {CONFIG_FILENAME}")
+    return source.folder.joinpath
+
+
+def _verified_weights(spec: ModelSpec, find: Finder, source: str | Path) -> Path:
     weights = _weights_of(spec, str(source))
-    verify_file(folder / weights.filename, weights)
+    path = find(weights.filename)
+    verify_file(path, weights)
     if isinstance(source, str) and source != spec.name:
         _log_resolution(source, spec.name, weights.sha256)
-    return spec, folder / weights.filename
+    return path
 
 
 @functools.cache
@@ -152,7 +193,7 @@ def _weights_of(spec: ModelSpec, source: str) -> WeightFile:
     if spec.weights is None:
         raise SpecError(
             f"{source}: the spec of {spec.name!r} records no weights file; save the model again "
-            "with Encoder.save_pretrained"
+            "with its save_pretrained"
         )
     return spec.weights
 

@@ -16,10 +16,12 @@ from pydantic import (
 )
 
 from clever_zoo.backbones import BACKBONES, model_args_problems
+from clever_zoo.embedding import Part
 from clever_zoo.errors import SpecError
 
 SCHEMA_VERSION = 1
 CONFIG_FILENAME = "config.json"
+CLASSIFIER_KEY = "clever_classifier"
 WEIGHTS_FILENAME = "model.safetensors"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -78,7 +80,22 @@ class Provenance(_Frozen):
     license: str = "Apache-2.0"
 
 
-class ModelSpec(_Frozen):
+class _Spec(_Frozen):
+    @classmethod
+    def create(cls, source: str = "model spec", /, **fields: Any) -> Self:
+        """Validate fields into a spec.
+
+        Raises:
+            SpecError: Naming `source` and every unknown, missing or wrong field.
+        """
+        try:
+            return cls.model_validate_json(json.dumps(fields, default=repr))
+        except ValidationError as error:
+            lines = "".join(f"\n  - {line}" for line in problem_lines(error))
+            raise SpecError(f"{source}:{lines}") from error
+
+
+class ModelSpec(_Spec):
     """One model: what to build, how to feed it, where to cut its features.
 
     Attributes:
@@ -123,19 +140,6 @@ class ModelSpec(_Frozen):
         """Width of the equivariant half; 0 for an encoder without a split."""
         return self.feature_dim - self.invariant_dim
 
-    @classmethod
-    def create(cls, source: str = "model spec", /, **fields: Any) -> Self:
-        """Validate fields into a spec.
-
-        Raises:
-            SpecError: Naming `source` and every unknown, missing or wrong field.
-        """
-        try:
-            return cls.model_validate_json(json.dumps(fields, default=repr))
-        except ValidationError as error:
-            lines = "".join(f"\n  - {line}" for line in problem_lines(error))
-            raise SpecError(f"{source}:{lines}") from error
-
     def to_config(self) -> dict[str, Any]:
         """The content of config.json: timm's keys outside, this spec under `clever`."""
         info, p = BACKBONES[self.backbone], self.preprocess
@@ -167,27 +171,24 @@ class ModelSpec(_Frozen):
         """Read the `clever` part of a config.json strictly; the rest is timm's.
 
         Raises:
-            SpecError: Naming `source` and every unknown, missing or wrong field.
+            SpecError: Naming `source` and every unknown, missing or wrong field; or if it
+                describes a classifier.
         """
+        if isinstance(config, dict) and CLASSIFIER_KEY in config:
+            raise SpecError(
+                f"{source} describes a classifier; load it with "
+                "clever_zoo.Classifier.from_pretrained, whose attribute `encoder` is its encoder"
+            )
         part = config.get("clever") if isinstance(config, dict) else None
         if not isinstance(part, dict):
             raise SpecError(
                 f"{source} has no 'clever' section, so the split is unknown; "
                 "load such a model with timm, or add the section (see the model cards)"
             )
-        fields = dict(part)
-        version = fields.pop("schema_version", None)
-        if version != SCHEMA_VERSION:
-            raise SpecError(
-                f"{source}: clever.schema_version is {version!r}, this release reads "
-                f"{SCHEMA_VERSION}; upgrade clever-zoo"
-            )
+        fields = _current_version(part, "clever", source)
         where = f"{source}, section 'clever'"
         spec = cls.create(where, **fields)
-        # Written by this release a section is complete: a default must not stand in for a value.
-        absent = missing_keys(spec.model_dump(mode="json"), fields)
-        if absent:
-            raise SpecError(f"{where}:" + "".join(f"\n  - {key}: missing" for key in absent))
+        _check_complete(spec, fields, where)
         return spec
 
     @classmethod
@@ -197,13 +198,115 @@ class ModelSpec(_Frozen):
         Raises:
             SpecError: If the file is missing, no JSON, or does not fit.
         """
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise SpecError(f"{path} does not exist; a model folder holds {path.name}") from error
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise SpecError(f"{path} is not valid JSON: {error}") from error
-        return cls.from_config(config, str(path))
+        return cls.from_config(_read_json(path), str(path))
+
+
+class ClassifierSpec(_Spec):
+    """A classifier: an encoder, and which part of its features a linear head reads.
+
+    Attributes:
+        encoder: The encoder; its `weights` describe the file that holds the head, too.
+        num_classes: Number of classes C.
+        part: What the head reads: "full", "invariant" or "equivariant".
+        class_names: Name of each class, or None.
+    """
+
+    encoder: ModelSpec
+    num_classes: int = Field(ge=2)
+    part: Part = "full"
+    class_names: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _check_across_fields(self) -> Self:
+        names, problems = self.class_names, []
+        if names is not None and len(names) != self.num_classes:
+            problems.append(f"{len(names)} class_names for num_classes = {self.num_classes}")
+        if names is not None and len(set(names)) < len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            problems.append(f"class_names must differ; these do not: {', '.join(twice)}")
+        if not self.width:
+            problems.append(
+                f"part is {self.part!r}, but {self.encoder.name} has no such half; use 'full'"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def columns(self) -> slice:
+        """Where the part lies in the features."""
+        cut = self.encoder.invariant_dim
+        return {"full": slice(None), "invariant": slice(cut), "equivariant": slice(cut, None)}[
+            self.part
+        ]
+
+    @property
+    def width(self) -> int:
+        """Number of features that the head reads."""
+        return len(range(self.encoder.feature_dim)[self.columns])
+
+    def to_config(self) -> dict[str, Any]:
+        """The content of config.json: timm's keys, the encoder's under `clever`, and our own."""
+        config = self.encoder.to_config()
+        own = self.model_dump(mode="json", exclude={"encoder"})
+        # Always names: for 1,000 classes without them transformers would take ImageNet's.
+        names = self.class_names or tuple(map(str, range(self.num_classes)))
+        return config | {
+            "num_classes": self.num_classes,
+            "label_names": list(names),
+            "pretrained_cfg": config["pretrained_cfg"] | {"num_classes": self.num_classes},
+            CLASSIFIER_KEY: {"schema_version": SCHEMA_VERSION, **own},
+        }
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read the config.json of a classifier strictly.
+
+        Raises:
+            SpecError: If the file is missing, no JSON, does not fit, or describes an encoder.
+        """
+        config = _read_json(path)
+        part = config.pop(CLASSIFIER_KEY, None) if isinstance(config, dict) else None
+        if not isinstance(part, dict):
+            raise SpecError(
+                f"{path} has no section {CLASSIFIER_KEY!r}, so it is no classifier; put a head on "
+                "an encoder with clever_zoo.create_classifier(source, num_classes)"
+            )
+        where = f"{path}, section {CLASSIFIER_KEY!r}"
+        fields = _current_version(part, CLASSIFIER_KEY, str(path))
+        if "encoder" in fields:
+            raise SpecError(f"{where}:\n  - encoder: unknown key; it is the section 'clever'")
+        encoder = ModelSpec.from_config(config, str(path))
+        spec = cls.create(where, encoder=encoder.model_dump(mode="json"), **fields)
+        _check_complete(spec, {"encoder": encoder.model_dump(mode="json"), **fields}, where)
+        return spec
+
+
+def _current_version(part: dict[str, Any], name: str, source: str) -> dict[str, Any]:
+    """The fields of a section without its version, which must be this release's."""
+    fields = dict(part)
+    version = fields.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise SpecError(
+            f"{source}: {name}.schema_version is {version!r}, this release reads "
+            f"{SCHEMA_VERSION}; upgrade clever-zoo"
+        )
+    return fields
+
+
+def _check_complete(spec: BaseModel, fields: dict[str, Any], where: str) -> None:
+    """Written by this release a section is complete: a default must not stand in for a value."""
+    if absent := missing_keys(spec.model_dump(mode="json"), fields):
+        raise SpecError(f"{where}:" + "".join(f"\n  - {key}: missing" for key in absent))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SpecError(f"{path} does not exist; a model folder holds {path.name}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SpecError(f"{path} is not valid JSON: {error}") from error
 
 
 def missing_keys(complete: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:

@@ -36,6 +36,7 @@ GRAYSCALE_PROBABILITY = 0.2
 BLUR_SIGMA_PX = (0.1, 2.0)
 ASPECT_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
+FULL_SCALE = (0.08, 1.0)  # of crop_and_flip: torchvision's default
 
 _FIXED_DRAWS = 2 * CROP_ATTEMPTS + 20  # every number of a view but its elastic noise
 # Values of a chunk of the batch on a CPU: large enough that images with the same jitter operation
@@ -287,9 +288,6 @@ def _check_images(images: Tensor, samples: NDArray[np.integer]) -> None:
         raise ShapeError(
             f"{len(images)} images come with {len(samples)} sample indices; pass one for each"
         )
-
-
-FULL_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop
 
 
 def crop_and_flip(
