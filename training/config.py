@@ -45,7 +45,17 @@ _DATASET_KEYS = {  # keys of the data section that mean something to one data se
 class DataConfig(Section):
     """What to train on, how it is kept and how pixels are normalised."""
 
-    dataset: Literal["fashion-mnist", "image-folder", "huggingface", "webdataset", "fake"]
+    dataset: Literal[
+        "fashion-mnist",
+        "image-folder",
+        "huggingface",
+        "webdataset",
+        "cub-200",
+        "flowers-102",
+        "food-101",
+        "oxford-pets",
+        "fake",
+    ]
     cache: Literal["memory", "disk", "stream"] = "memory"  # decoded images: where, or each time
     image_size_px: int = Field(256, ge=8)  # the square that is kept; fashion-mnist has its own
     max_bad_images: int = Field(100, ge=0)  # unreadable training images that may be replaced

@@ -18,6 +18,7 @@ from training.data.sources import (
     ImageSource,
     Split,
 )
+from training.data.transfer import LAYOUTS, open_transfer
 
 __all__ = [
     "DEBIAN_FASHION_MNIST",
@@ -144,6 +145,8 @@ def open_source(
             if pattern is None:
                 raise DataError("there is no test split: set data.test_shards in the recipe")
             return ShardSource(find_shards(pattern, root, _cache_folder(root, cache_folder)))
+        case name if name in LAYOUTS:
+            return open_transfer(name, root, split)
         case "fake":
             return FakeSource(config.fake_images, config.image_size_px, split)
         case _:
