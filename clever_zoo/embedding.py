@@ -1,7 +1,7 @@
 """The labelled pair that everything here returns, and the split that makes it."""
 
 from collections.abc import Iterable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from clever_zoo.errors import ShapeError
 
 Array = TypeVar("Array")
+Part = Literal["full", "invariant", "equivariant"]
 
 
 class Embedding(NamedTuple, Generic[Array]):

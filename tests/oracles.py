@@ -133,3 +133,41 @@ def vicreg(projections: Array, invariance: float, variance: float, covariance: f
             / width
         )
     return float(total)
+
+
+def propagate_labels(
+    target: Array, sources: Array, labels: Array, width: int, radius: int, top: int, temp: float
+) -> Array:
+    """Soft labels (K, N) of a grid with rows of `width`, from sources (S, N, D), (S, K, N)."""
+    result = np.zeros(labels.shape[1:])
+    for i, patch in enumerate(target):
+        votes = []
+        for frame, label in zip(sources, labels, strict=True):
+            for j, other in enumerate(frame):
+                apart = max(abs(i // width - j // width), abs(i % width - j % width))
+                if apart <= radius:
+                    votes.append((math.exp(cosine(patch, other) / temp), label[:, j]))
+        votes = sorted(votes, key=lambda vote: -vote[0])[:top]
+        result[:, i] = sum(weight * label for weight, label in votes) / sum(v[0] for v in votes)
+    return result
+
+
+def boundary_agreement(predicted: Array, truth: Array, radius: float) -> float:
+    def boundary(mask: Array) -> list[tuple[int, int]]:
+        rows, columns = mask.shape
+        return [
+            (y, x)
+            for y in range(rows)
+            for x in range(columns)
+            if any(
+                mask[min(y + dy, rows - 1), min(x + dx, columns - 1)] != mask[y, x]
+                for dy, dx in ((0, 1), (1, 0), (1, 1))
+            )
+        ]
+
+    def met(points: list[tuple[int, int]], others: list[tuple[int, int]]) -> float:
+        return sum(any(math.dist(p, o) <= radius for o in others) for p in points) / len(points)
+
+    ours, theirs = boundary(predicted), boundary(truth)
+    precision, recall = met(ours, theirs), met(theirs, ours)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0

@@ -1,0 +1,82 @@
+"""What the dense evaluations share: an encoder of any source, its patches, one part of them."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clever_zoo.embedding import Part, split_features
+from clever_zoo.encoder import Encoder, from_pretrained, usable_device
+from clever_zoo.errors import NonFiniteError, ShapeError
+from clever_zoo.spec import ModelSpec
+from training.checkpoint import CHECKPOINT
+from training.pretrain import preprocess_spec
+from training.runs import load_run
+
+
+def load_encoder(source: str, device: str = "cpu") -> Encoder:
+    """An encoder in evaluation mode, from a training run's folder or as `from_pretrained`.
+
+    Raises:
+        CheckpointError: If the folder holds a run that cannot be read.
+        CleverZooError: As `from_pretrained`.
+    """
+    if not (Path(source) / CHECKPOINT).is_file():
+        return from_pretrained(source, device=device)
+    target = usable_device(device)
+    recipe, backbone, _ = load_run(Path(source))
+    spec = ModelSpec.create(
+        name=recipe.name,
+        backbone=recipe.backbone.name,
+        invariant_dim=recipe.invariant_dim,
+        preprocess=preprocess_spec(recipe).model_dump(),
+        model_args=recipe.backbone.model_args,
+    )
+    return Encoder(spec, backbone).to(target).eval()
+
+
+def part_of(features: Tensor, spec: ModelSpec, part: Part) -> Tensor:
+    """One part of features, (..., D) -> (..., width of the part).
+
+    Raises:
+        ShapeError: If the encoder has no split and `part` is its empty half.
+    """
+    if part == "full":
+        return features
+    chosen = getattr(split_features(features, spec.invariant_dim), part)
+    if not chosen.shape[-1]:
+        raise ShapeError(
+            f"{spec.name} has no split, so its {part} half is empty; use part='full' or 'invariant'"
+        )
+    return chosen
+
+
+def patch_grid(encoder: Encoder, pixels: Tensor, part: Part = "full") -> Tensor:
+    """The last block's patch tokens, or the last stage's map, as a grid.
+
+    Shapes: (B, 3, H, W) -> (B, h, w, width of the part); h, w = H, W over the patch size of a
+    ViT or the stride of a convolutional backbone.
+
+    Raises:
+        ShapeError: As `Encoder.features` and `part_of`.
+    """
+    features = encoder.features(pixels)[0]
+    if features.ndim == 4:
+        return part_of(features.permute(0, 2, 3, 1), encoder.spec, part)
+    grid = encoder.backbone.patch_embed.dynamic_feat_size(pixels.shape[2:])
+    return part_of(features[:, 1:].unflatten(1, grid), encoder.spec, part)
+
+
+def check_finite(values: Tensor, what: str) -> Tensor:
+    """The values, if all of them are finite.
+
+    Raises:
+        NonFiniteError: Naming `what`.
+    """
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise NonFiniteError(
+            f"{what}: {bad} of {values.numel()} values are not finite, so no number would mean "
+            "anything; check the weights"
+        )
+    return values
