@@ -72,17 +72,39 @@ class Encoder(nn.Module):
         Raises:
             ShapeError: For another rank, channel count or an integer type.
         """
-        if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:
-            raise ShapeError(
-                f"pixels have shape {tuple(pixels.shape)}; expected (B, 3, H, W), "
-                "as Encoder.preprocess returns"
-            )
-        if not pixels.is_floating_point():
-            raise ShapeError(
-                f"pixels are {pixels.dtype}; expected normalised floats, "
-                "as Encoder.preprocess returns"
-            )
+        _check_pixels(pixels)
         return split_features(self.backbone(pixels), self.spec.invariant_dim)
+
+    def features(self, pixels: Tensor, *, last: int = 1) -> list[Tensor]:
+        """Unsplit features before pooling, differentiably, for dense tasks and probes.
+
+        Args:
+            pixels: As in `forward`; a ViT takes any H and W that its patches divide.
+            last: How many blocks (ViT) or stages (ResNet, its stem counts) to return.
+
+        Returns:
+            Oldest first. ViT: tokens (B, 1 + N, D) with the final norm applied, class token
+            first, patches row by row. Convolutional: maps (B, C, h, w).
+
+        Raises:
+            ShapeError: For pixels that `forward` refuses or patches do not divide, or `last`
+                out of range.
+        """
+        _check_pixels(pixels)
+        backbone: Any = self.backbone
+        depth = len(backbone.feature_info)
+        if not 1 <= last <= depth:
+            raise ShapeError(
+                f"last is {last}; {self.spec.backbone} has {depth} blocks or stages, use 1..{depth}"
+            )
+        take = functools.partial(
+            backbone.forward_intermediates, pixels, indices=last, intermediates_only=True
+        )
+        if not hasattr(backbone, "cls_token"):
+            return list(take())
+        _check_patches(pixels, backbone.patch_embed.patch_size)
+        pairs = take(norm=True, output_fmt="NLC", return_prefix_tokens=True)
+        return [torch.cat([prefix, patches], dim=1) for patches, prefix in pairs]
 
     def preprocess(self, images: Iterable[ImageInput]) -> Tensor:
         """Load images as `forward` wants them: (B, 3, size, size) on the encoder's device.
@@ -180,6 +202,27 @@ class Encoder(nn.Module):
         encoder = cls(spec)
         read_weights(encoder.backbone, weights)
         return encoder
+
+
+def _check_pixels(pixels: Tensor) -> None:
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:
+        raise ShapeError(
+            f"pixels have shape {tuple(pixels.shape)}; expected (B, 3, H, W), "
+            "as Encoder.preprocess returns"
+        )
+    if not pixels.is_floating_point():
+        raise ShapeError(
+            f"pixels are {pixels.dtype}; expected normalised floats, as Encoder.preprocess returns"
+        )
+
+
+def _check_patches(pixels: Tensor, patch_size: tuple[int, int]) -> None:
+    height, width = pixels.shape[2:]
+    if height % patch_size[0] or width % patch_size[1]:
+        raise ShapeError(
+            f"pixels are {height}x{width}, which patches of {patch_size[0]}x{patch_size[1]} do not "
+            "divide; resize or crop them to a multiple"
+        )
 
 
 def from_pretrained(

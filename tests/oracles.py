@@ -133,3 +133,64 @@ def vicreg(projections: Array, invariance: float, variance: float, covariance: f
             / width
         )
     return float(total)
+
+
+def propagate_labels(
+    target: Array, sources: Array, labels: Array, width: int, radius: int, top: int, temp: float
+) -> Array:
+    """Soft labels (K, N) of a grid with rows of `width`, from sources (S, N, D), (S, K, N)."""
+    result = np.zeros(labels.shape[1:])
+    for i, patch in enumerate(target):
+        votes = []
+        for frame, label in zip(sources, labels, strict=True):
+            for j, other in enumerate(frame):
+                apart = max(abs(i // width - j // width), abs(i % width - j % width))
+                if apart <= radius:
+                    votes.append((math.exp(cosine(patch, other) / temp), label[:, j]))
+        votes = sorted(votes, key=lambda vote: -vote[0])[:top]
+        result[:, i] = sum(weight * label for weight, label in votes) / sum(v[0] for v in votes)
+    return result
+
+
+def boundary_agreement(predicted: Array, truth: Array, radius: float) -> float:
+    def boundary(mask: Array) -> list[tuple[int, int]]:
+        rows, columns = mask.shape
+        return [
+            (y, x)
+            for y in range(rows)
+            for x in range(columns)
+            if any(
+                mask[min(y + dy, rows - 1), min(x + dx, columns - 1)] != mask[y, x]
+                for dy, dx in ((0, 1), (1, 0), (1, 1))
+            )
+        ]
+
+    def met(points: list[tuple[int, int]], others: list[tuple[int, int]]) -> float:
+        return sum(any(math.dist(p, o) <= radius for o in others) for p in points) / len(points)
+
+    ours, theirs = boundary(predicted), boundary(truth)
+    precision, recall = met(ours, theirs), met(theirs, ours)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def saliency_scores(
+    predictions: list[Array], truths: list[Array], thresholds: list[float], beta_squared: float
+) -> tuple[float, float, float]:
+    """maxF, IoU, accuracy by counting pixels one by one."""
+    curves, overlaps, accuracies = [], [], []
+    for predicted, truth in zip(predictions, truths, strict=True):
+        pixels = list(zip(predicted.ravel(), truth.ravel(), strict=True))
+        curve = []
+        for threshold in thresholds:
+            hits = sum(p > threshold and t for p, t in pixels)
+            marked, salient = sum(p > threshold for p, _ in pixels), sum(t for _, t in pixels)
+            precision = hits / marked if marked else 1.0
+            recall = hits / salient if salient else 1.0
+            bottom = beta_squared * precision + recall
+            curve.append((1 + beta_squared) * precision * recall / bottom if bottom else 0.0)
+        curves.append(curve)
+        either = sum(p > 0.5 or t for p, t in pixels)
+        overlaps.append(sum(p > 0.5 and t for p, t in pixels) / either if either else 1.0)
+        accuracies.append(sum((p > 0.5) == t for p, t in pixels) / len(pixels))
+    best = max(sum(column) / len(curves) for column in zip(*curves, strict=True))
+    return best, sum(overlaps) / len(overlaps), sum(accuracies) / len(accuracies)

@@ -50,7 +50,12 @@ def joined_processes(device: str) -> Iterator[Processes]:
     place = usable_device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # After a restart the store may still hold the addresses of dead processes.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield Processes(place, dist.get_rank(), dist.get_world_size())
     finally:

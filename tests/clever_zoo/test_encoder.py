@@ -109,6 +109,48 @@ def test_forward_is_differentiable() -> None:
     assert encoder.backbone.patch_embed.proj.weight.grad is not None
 
 
+def test_vit_features_are_normed_tokens_class_token_first() -> None:
+    encoder = clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=8).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    (tokens,) = encoder.features(pixels)
+    assert tokens.shape == (2, 17, 192)
+    assert torch.equal(tokens[:, 0], encoder(pixels).full)
+    older, newest = encoder.features(pixels, last=2)
+    assert torch.equal(newest, tokens)
+    raw: list[torch.Tensor] = []
+    handle = encoder.backbone.blocks[-2].register_forward_hook(lambda *call: raw.append(call[2]))
+    encoder(pixels)
+    handle.remove()
+    torch.testing.assert_close(older, encoder.backbone.norm(raw[0]))
+    assert encoder.features(torch.randn(1, 3, 48, 64))[0].shape == (1, 1 + 6 * 8, 192)
+
+
+def test_resnet_features_are_the_maps_of_the_last_stages() -> None:
+    encoder = clever_zoo.create_encoder("resnet18").eval()
+    pixels = torch.randn(2, 3, 64, 96)
+    older, newest = encoder.features(pixels, last=2)
+    assert older.shape == (2, 256, 4, 6)
+    torch.testing.assert_close(newest.mean((2, 3)), encoder(pixels).full)
+    assert encoder.features(pixels, last=5)[0].shape == (2, 64, 32, 48)
+    newest.sum().backward()
+    assert encoder.backbone.conv1.weight.grad is not None
+
+
+@pytest.mark.parametrize(("backbone", "last"), [("resnet18", 6), ("vit_tiny", 13), ("vit_tiny", 0)])
+def test_features_refuse_what_is_not_there(backbone: str, last: int) -> None:
+    encoder = clever_zoo.create_encoder(backbone)
+    with pytest.raises(errors.ShapeError, match=rf"last is {last}; .* use 1\.\."):
+        encoder.features(torch.zeros(1, 3, 32, 32), last=last)
+    with pytest.raises(errors.ShapeError, match="pixels"):
+        encoder.features(torch.zeros(1, 1, 32, 32))
+
+
+def test_features_refuse_sides_that_patches_do_not_divide() -> None:
+    encoder = clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=8)
+    with pytest.raises(errors.ShapeError, match=r"32x36.*8x8"):
+        encoder.features(torch.zeros(1, 3, 32, 36))
+
+
 def randomized(encoder: Encoder) -> Encoder:
     """Running statistics that are not those of a fresh network."""
     generator = torch.Generator().manual_seed(0)

@@ -511,7 +511,7 @@ def test_sigterm_to_the_whole_group_stops_with_a_checkpoint(
 ) -> None:
     """A real process with a worker; what goes on afterwards is the run that nobody stopped."""
     command = [sys.executable, "-m", "training.pretrain", *MINIATURE, "epochs=3", "--workers", "1"]
-    command += ["--data", str(fashion_mnist_folder), "--out"]
+    command += ["--threads", "1", "--data", str(fashion_mnist_folder), "--out"]
     root, out = Path(__file__).parents[2], tmp_path / "stopped"
     quiet = {"cwd": root, "stdout": subprocess.DEVNULL}
     with subprocess.Popen([*command, str(out)], start_new_session=True, **quiet) as process:
@@ -523,7 +523,8 @@ def test_sigterm_to_the_whole_group_stops_with_a_checkpoint(
     assert process.returncode == pretrain.UNFINISHED_EXIT_CODE
     _, _, progress = load_recipe_and_encoder(out / CHECKPOINT)
     assert 0 < progress["step"] < 27
-    whole = [*command[: -command[::-1].index("--workers") - 1], *command[-3:], str(tmp_path / "w")]
+    workers = command.index("--workers")
+    whole = [*command[:workers], *command[workers + 2 :], str(tmp_path / "w")]
     for arguments in ([*command, str(out)], whole):
         subprocess.run(arguments, check=True, **quiet)
     a, b = tensors(out), tensors(tmp_path / "w")

@@ -1,0 +1,56 @@
+"""What the dense evaluations share: patches of any encoder, and one part of them."""
+
+import torch
+from torch import Tensor
+
+from clever_zoo.embedding import Part, split_features
+from clever_zoo.encoder import Encoder
+from clever_zoo.errors import NonFiniteError, ShapeError
+from clever_zoo.spec import ModelSpec
+
+
+def part_of(features: Tensor, spec: ModelSpec, part: Part) -> Tensor:
+    """One part of features, (..., D) -> (..., width of the part).
+
+    Raises:
+        ShapeError: If the encoder has no split and `part` is its empty half.
+    """
+    if part == "full":
+        return features
+    chosen = getattr(split_features(features, spec.invariant_dim), part)
+    if not chosen.shape[-1]:
+        raise ShapeError(
+            f"{spec.name} has no split, so its {part} half is empty; use part='full' or 'invariant'"
+        )
+    return chosen
+
+
+def patch_grid(encoder: Encoder, pixels: Tensor, part: Part = "full") -> Tensor:
+    """The last block's patch tokens, or the last stage's map, as a grid.
+
+    Shapes: (B, 3, H, W) -> (B, h, w, width of the part); h, w = H, W over the patch size of a
+    ViT or the stride of a convolutional backbone.
+
+    Raises:
+        ShapeError: As `Encoder.features` and `part_of`.
+    """
+    features = encoder.features(pixels)[0]
+    if features.ndim == 4:
+        return part_of(features.permute(0, 2, 3, 1), encoder.spec, part)
+    grid = encoder.backbone.patch_embed.dynamic_feat_size(pixels.shape[2:])
+    return part_of(features[:, 1:].unflatten(1, grid), encoder.spec, part)
+
+
+def check_finite(values: Tensor, what: str) -> Tensor:
+    """The values, if all of them are finite.
+
+    Raises:
+        NonFiniteError: Naming `what`.
+    """
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise NonFiniteError(
+            f"{what}: {bad} of {values.numel()} values are not finite, so no number would mean "
+            "anything; check the weights"
+        )
+    return values

@@ -1,0 +1,254 @@
+"""What evaluations read: networks under test, and images through the evaluation transform."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from rich.progress import track
+from safetensors.torch import load
+from torch import Tensor
+
+from clever_zoo.embedding import Part, split_features
+from clever_zoo.encoder import Encoder, evaluating, from_pretrained, pack_weights, usable_device
+from clever_zoo.errors import DataError, NonFiniteError
+from clever_zoo.preprocess import crop_pixels
+from clever_zoo.records import Interpolation, Network, Role
+from clever_zoo.spec import ModelSpec, PreprocessSpec, WeightFile
+from training.checkpoint import CHECKPOINT
+from training.config import BackboneConfig
+from training.data import ImageSet
+from training.evaluate.perturb import perturb
+from training.networks import build_student
+from training.pretrain import preprocess_spec
+from training.runs import load_run
+
+BATCH_SIZE = 256
+_CACHED_BYTES = 4 << 30
+
+Features = Callable[[Tensor], Tensor]  # (B, 3, s, s) float 0..255 -> (B, D)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network under test, or the raw pixels.
+
+    Attributes:
+        network: Its entry in the record.
+        encoder: In evaluation mode, with the weights as they are stored for release; None for raw
+            pixels.
+        cut: Index at which the features are cut into halves; None for the full vector alone.
+    """
+
+    network: Network
+    encoder: Encoder | None
+    cut: int | None
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Numbers of last blocks that can be evaluated: 1, and for a ViT 4."""
+        is_vit = self.encoder is not None and self.encoder.spec.backbone.startswith("vit")
+        return (1, 4) if is_vit else (1,)
+
+
+def as_released(spec: ModelSpec, weights: dict[str, Tensor]) -> Encoder:
+    """An encoder whose weights went through the storage of a release, and their digest.
+
+    Args:
+        spec: Of the encoder.
+        weights: State dict of its backbone, float32.
+    """
+    encoder = Encoder(spec)
+    encoder.backbone.load_state_dict(weights)
+    content = pack_weights(encoder.backbone, "float16")
+    encoder.backbone.load_state_dict(load(content))
+    encoder.spec = spec.model_copy(update={"weights": WeightFile.of(content)})
+    return encoder.eval()
+
+
+def load_encoder(source: str | Path, device: str = "cpu") -> tuple[Encoder, dict[str, Any]]:
+    """An encoder in evaluation mode and the facts of its training.
+
+    Args:
+        source: A run's folder, whose weights are taken as a release would store them; or whatever
+            `clever_zoo.from_pretrained` takes.
+        device: Where to put it.
+
+    Raises:
+        CheckpointError: If the run cannot be read.
+        BackendMissingError: If the device cannot be used.
+        UnknownModelError, SourceError, SpecError, IntegrityError: See `from_pretrained`.
+    """
+    folder = Path(source)
+    if (folder / CHECKPOINT).is_file():
+        recipe, teacher, training = load_run(folder)
+        spec = ModelSpec(
+            name=recipe.name,
+            backbone=recipe.backbone.name,
+            invariant_dim=recipe.invariant_dim,
+            preprocess=preprocess_spec(recipe),
+            model_args=recipe.backbone.model_args,
+        )
+        encoder = as_released(spec, teacher.state_dict())
+        return encoder.to(usable_device(device)), training
+    return from_pretrained(source, device=device), {}
+
+
+def subject(encoder: Encoder, role: Role, training: dict[str, Any], cut: int) -> Subject:
+    """An encoder as a subject, cut at `cut` whatever its own split."""
+    weights = encoder.spec.weights
+    name = "untrained" if role == "untrained" else encoder.spec.name
+    network = Network(
+        name=name, role=role, sha256=weights.sha256 if weights else None, training=training
+    )
+    return Subject(network, encoder, cut)
+
+
+def untrained(spec: ModelSpec, seed: int) -> Encoder:
+    """The network that training with `seed` starts from."""
+    backbone = BackboneConfig(name=spec.backbone, model_args=spec.model_args)
+    fresh = spec.model_copy(update={"provenance": None, "weights": None})
+    return as_released(fresh, build_student(backbone, seed).state_dict())
+
+
+PIXELS = Subject(Network(name="pixels", role="pixels"), None, None)
+
+
+class EvaluationImages:
+    """One split through the evaluation transform: short side resized, centre cut.
+
+    Squares are kept as bytes where they fit into 4 GB, else made anew at each pass.
+    """
+
+    def __init__(self, data: ImageSet, spec: PreprocessSpec, split: str) -> None:
+        self.data, self.spec, self.split = data, spec, split
+        self._kept: dict[Interpolation, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def labels(self) -> Tensor:
+        """Classes (N,) int64."""
+        return self.data.labels
+
+    def pixels(self, start: int, stop: int, interpolation: Interpolation = "bicubic") -> Tensor:
+        """(stop - start, 3, size, size) float, whole numbers 0..255."""
+        size = self.spec.input_size_px
+        if len(self) * 3 * size * size > _CACHED_BYTES:
+            return self._squares(start, stop, interpolation).float()
+        if interpolation not in self._kept:
+            steps = track(
+                range(0, len(self), BATCH_SIZE),
+                description=f"resize {self.split}, {interpolation}",
+                transient=True,
+            )
+            squares = [
+                self._squares(i, min(i + BATCH_SIZE, len(self)), interpolation) for i in steps
+            ]
+            self._kept[interpolation] = torch.cat(squares)
+        return self._kept[interpolation][start:stop].float()
+
+    def _squares(self, start: int, stop: int, interpolation: Interpolation) -> Tensor:
+        size = self.spec.input_size_px
+        out = torch.empty(stop - start, 3, size, size, dtype=torch.uint8)
+        for i, image in enumerate(self.data.images[start:stop]):
+            array = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+            square = crop_pixels(
+                Image.fromarray(array), self.spec.resize_px, size, interpolation=interpolation
+            )
+            out[i] = torch.from_numpy(square).permute(2, 0, 1)
+        return out
+
+    def batches(
+        self, interpolation: Interpolation = "bicubic", *, limit: int | None = None
+    ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        """Pixels (B, 3, size, size) as in `pixels` and the index of each image (B,)."""
+        count = min(len(self), limit or len(self))
+        for start in range(0, count, BATCH_SIZE):
+            stop = min(start + BATCH_SIZE, count)
+            yield self.pixels(start, stop, interpolation), np.arange(start, stop)
+
+
+def features_of(subject: Subject, blocks: int = 1) -> Features:
+    """Features of byte-valued pixels: (B, 3, s, s) float 0..255 -> (B, blocks * D), on the CPU.
+
+    Args:
+        subject: Raw pixels give all their values, scaled to 0..1.
+        blocks: 1 for the encoder's output; for a ViT also the number of last blocks whose class
+            tokens, each after the final norm, are put side by side, the oldest first.
+    """
+    encoder = subject.encoder
+    if encoder is None:
+        return lambda pixels: pixels.flatten(1) / 255
+    spec = encoder.spec.preprocess
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (spec.mean, spec.std))
+
+    def features(pixels: Tensor) -> Tensor:
+        with evaluating(encoder), torch.inference_mode():
+            x = ((pixels - mean) / std).to(next(encoder.parameters()).device)
+            if blocks == 1:
+                return encoder.backbone(x).float().cpu()
+            tokens = encoder.features(x, last=blocks)
+            return torch.cat([t[:, 0] for t in tokens], dim=1).float().cpu()
+
+    return features
+
+
+def embed_images(
+    features: Features,
+    images: EvaluationImages,
+    *,
+    perturbation: str = "ori",
+    seed: int = 0,
+    interpolation: Interpolation = "bicubic",
+    limit: int | None = None,
+) -> Tensor:
+    """Features (N, D) of all images, or of the first `limit`.
+
+    Raises:
+        NonFiniteError: If a feature is not finite; names the first such image.
+        DataError: If there are fewer than two images.
+    """
+    if len(images) < 2:
+        raise DataError(
+            f"{len(images)} image(s) in split {images.split}; an evaluation needs at least 2"
+        )
+    rows = []
+    for pixels, samples in images.batches(interpolation, limit=limit):
+        batch = features(perturb(pixels, samples, perturbation, seed))
+        if not batch.isfinite().all():
+            first = samples[int((~batch.isfinite()).any(1).nonzero()[0])]
+            raise NonFiniteError(
+                f"the features of {images.split} image {first} ({perturbation}) are not finite; "
+                "the weights or the image are broken, so nothing is evaluated"
+            )
+        rows.append(batch)
+    return torch.cat(rows)
+
+
+def parts_of(
+    features: Tensor, cut: int | None, *, blocks: int = 1, per_block: bool = False
+) -> dict[Part, Tensor]:
+    """Features (N, blocks * D) by part.
+
+    Args:
+        cut: Index of the cut in one block's D features; None gives the full vector alone.
+        blocks: Number of blocks side by side.
+        per_block: Cut every block; otherwise, as the authors' evaluation does, the equivariant
+            half is that of the last block and everything else counts as invariant.
+
+    Source: the authors' ``eval_linear.py`` keeps all but the last D - cut numbers as its "IR".
+    """
+    if cut is None:
+        return {"full": features}
+    width = features.shape[1] // blocks
+    if per_block:
+        halves = split_features(features.unflatten(1, (blocks, width)), cut)
+        return {"full": features, **{k: v.flatten(1) for k, v in halves._asdict().items()}}
+    halves = split_features(features, features.shape[1] - (width - cut))
+    return {"full": features, **halves._asdict()}
