@@ -217,7 +217,9 @@ class Record(_Frozen):
                 )
         networks = {n.name: n for n in self.networks}
         changed = {n.name for n in newer.networks if networks.get(n.name, n).sha256 != n.sha256}
-        networks |= {n.name: n for n in newer.networks}
+        for n in newer.networks:  # a released name brings no facts of its training
+            known = networks.get(n.name, n).training if n.name not in changed else {}
+            networks[n.name] = n.model_copy(update={"training": n.training or known})
         environments = list(self.environments)
         places = {}
         for index, environment in enumerate(newer.environments):

@@ -8,50 +8,54 @@ Paste the printed literal into clever_zoo/registry.py, then run `make tables`.
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, get_args
 
 import typer
 
 from clever_zoo.cards import DATASETS, render_card
 from clever_zoo.cli import fail
+from clever_zoo.embedding import Part
 from clever_zoo.encoder import Encoder
 from clever_zoo.errors import CleverZooError, DataError
 from clever_zoo.files import write_atomic
 from clever_zoo.golden import GOLDEN_FILENAME, golden_values
+from clever_zoo.records import RESULTS_FILENAME, Record, Role
 from clever_zoo.spec import ModelSpec, Provenance
-from training.pretrain import preprocess_spec
-from training.runs import load_run
+from training.evaluate.inputs import load_encoder
 
 MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
+NEIGHBORS = 20.0  # the k of the gate's k-NN
 ABOVE_UNTRAINED = 15.0
 ABOVE_PIXELS = 25.0
 
 
-def gate_problems(record: dict[str, Any]) -> list[str]:
+def gate_problems(record: Record) -> list[str]:
     """What keeps a run from being released, one line each.
 
     Its invariant half must be far enough above both controls under CJ+R, and on a GPU, where
     time is no excuse, above raw pixels on clean images too; run and baseline must be finished
     and equal in budget, from a known commit.
     """
-    columns = record["columns"]
-    ours, untrained, pixels = (columns[n]["knn"] for n in (record["model"], "untrained", "pixels"))
-    training = columns[record["model"]]["training"]
-    rotated = ours["cj_r"]["invariant"]["mean"]
+    networks = {role: record.network(role) for role in get_args(Role)}
+    if absent := [role for role, network in networks.items() if network is None]:
+        return [f"the record has no {', no '.join(absent)}; evaluate with all networks"]
+    training = networks["model"].training
+    rotated = _knn(record, "model", "invariant", "cj_r")
     floors = {
         f"{ABOVE_UNTRAINED} above the untrained network": (
-            untrained["cj_r"]["invariant"]["mean"] + ABOVE_UNTRAINED
+            _knn(record, "untrained", "invariant", "cj_r") + ABOVE_UNTRAINED
         ),
-        f"{ABOVE_PIXELS} above raw pixels": pixels["cj_r"]["full"]["mean"] + ABOVE_PIXELS,
+        f"{ABOVE_PIXELS} above raw pixels": _knn(record, "pixels", "full", "cj_r") + ABOVE_PIXELS,
     }
     problems = [
-        f"rotated k-NN {rotated} is not {text}: {floor:.2f}"
+        f"rotated k-NN {rotated:.2f} is not {text}: {floor:.2f}"
         for text, floor in floors.items()
-        if rotated < floor
+        if not rotated >= floor
     ]
-    if training["device"] != "cpu" and ours["clean"]["invariant"] <= pixels["clean"]["full"]:
-        problems.append(f"clean k-NN {ours['clean']['invariant']} is not above raw pixels")
-    baseline = columns.get(record["model"].replace("clever-", "dino-"), {}).get("training", {})
+    clean = _knn(record, "model", "invariant", "ori")
+    if training["device"] != "cpu" and clean <= _knn(record, "pixels", "full", "ori"):
+        problems.append(f"clean k-NN {clean:.2f} is not above raw pixels")
+    baseline = networks["baseline"].training
     for key in ("seed", "epochs", "steps", "images_seen"):
         if baseline.get(key) != training[key]:
             problems.append(f"baseline {key} is {baseline.get(key)}, not {training[key]}")
@@ -62,40 +66,44 @@ def gate_problems(record: dict[str, Any]) -> list[str]:
     return problems
 
 
-def release(run: Path, record: dict[str, Any], folder: Path) -> ModelSpec:
+def _knn(record: Record, role: Role, part: Part, perturbation: str) -> float:
+    """Top-1 of k-NN with k = 20; NaN, which passes no gate, where it was not measured."""
+    network = record.network(role)
+    row = network and record.find(
+        network.name, "knn", "top1", part, perturbation=perturbation, at=NEIGHBORS
+    )
+    return row.mean if row else float("nan")
+
+
+def release(run: Path, record: Record, folder: Path) -> ModelSpec:
     """Write the model folder; returns the spec for the registry.
 
     Raises:
         CheckpointError: If the run cannot be read.
         DataError: If it does not pass the gate or the record is not of it.
     """
-    recipe, teacher, training = load_run(run)
+    encoder, training = load_encoder(run)
+    weights = encoder.spec.weights
     problems = gate_problems(record)
-    if record["columns"][record["model"]]["training"] != training:
-        problems.append("the record is of another state of the run; evaluate it again")
-    if record["dataset"] not in DATASETS:
-        problems.append(f"cards.py has no words for the data set {record['dataset']!r}")
+    measured = record.network("model")
+    if measured is None or weights is None or measured.sha256 != weights.sha256:
+        problems.append("the record is of other weights than the run's; evaluate it again")
+    if record.dataset not in DATASETS:
+        problems.append(f"cards.py has no words for the data set {record.dataset!r}")
     if problems:
-        raise DataError(f"{recipe.name} is not released: {'; '.join(problems)}")
-    spec = ModelSpec(
-        name=recipe.name,
-        backbone=recipe.backbone.name,
-        invariant_dim=recipe.invariant_dim,
-        preprocess=preprocess_spec(recipe),
-        model_args=recipe.backbone.model_args,
-        provenance=Provenance(
-            recipe=recipe.name, commit=training["commit"], dataset=recipe.data.dataset
-        ),
+        raise DataError(f"{encoder.spec.name} is not released: {'; '.join(problems)}")
+    encoder.spec = encoder.spec.model_copy(
+        update={
+            "provenance": Provenance(
+                recipe=training["recipe"], commit=training["commit"], dataset=record.dataset
+            )
+        }
     )
-    saved = Encoder(spec, teacher).save_pretrained(folder, dtype="float16")
+    saved = encoder.save_pretrained(folder, dtype="float16")
     golden = golden_values(Encoder.load(saved, folder / saved.weights.filename).eval())
-    files = {
-        GOLDEN_FILENAME: json.dumps(golden, indent=2) + "\n",
-        "results.json": json.dumps(record, indent=2) + "\n",
-        "README.md": render_card(saved, record),
-    }
-    for name, content in files.items():
-        write_atomic(folder / name, content.encode())
+    write_atomic(folder / GOLDEN_FILENAME, (json.dumps(golden, indent=2) + "\n").encode())
+    record.write(folder / RESULTS_FILENAME)
+    write_atomic(folder / "README.md", render_card(saved, record).encode())
     return saved
 
 
@@ -110,11 +118,8 @@ def main(
 ) -> None:
     """Write a model folder from a finished run, if it passes the release gate."""
     try:
-        results = results or run / "results.json"
-        if not results.is_file():
-            raise DataError(f"{results} does not exist; write it with python -m training.evaluate")
-        record = json.loads(results.read_text(encoding="utf-8"))
-        spec = release(run, record, output or MODEL_CARDS / record["model"])
+        record = Record.read(results or run / RESULTS_FILENAME)
+        spec = release(run, record, output or MODEL_CARDS / record.model)
     except (CleverZooError, OSError) as error:
         fail(error)
     typer.echo(repr(spec))

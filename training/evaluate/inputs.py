@@ -136,22 +136,23 @@ class EvaluationImages:
         """Classes (N,) int64."""
         return self.data.labels
 
+    def prepare(self, interpolation: Interpolation) -> None:
+        """Make the squares that `pixels` will be asked for, if they can be kept."""
+        size = self.spec.input_size_px
+        if interpolation in self._kept or len(self) * 3 * size * size > _CACHED_BYTES:
+            return
+        steps = range(0, len(self), BATCH_SIZE)
+        squares = [
+            self._squares(i, min(i + BATCH_SIZE, len(self)), interpolation)
+            for i in track(steps, description=f"resize {self.split} images", transient=True)
+        ]
+        self._kept[interpolation] = torch.cat(squares)
+
     def pixels(self, start: int, stop: int, interpolation: Interpolation = "bicubic") -> Tensor:
         """(stop - start, 3, size, size) float, whole numbers 0..255."""
-        size = self.spec.input_size_px
-        if len(self) * 3 * size * size > _CACHED_BYTES:
-            return self._squares(start, stop, interpolation).float()
-        if interpolation not in self._kept:
-            steps = track(
-                range(0, len(self), BATCH_SIZE),
-                description=f"resize {self.split}, {interpolation}",
-                transient=True,
-            )
-            squares = [
-                self._squares(i, min(i + BATCH_SIZE, len(self)), interpolation) for i in steps
-            ]
-            self._kept[interpolation] = torch.cat(squares)
-        return self._kept[interpolation][start:stop].float()
+        kept = self._kept.get(interpolation)
+        squares = self._squares(start, stop, interpolation) if kept is None else kept[start:stop]
+        return squares.float()
 
     def _squares(self, start: int, stop: int, interpolation: Interpolation) -> Tensor:
         size = self.spec.input_size_px

@@ -1,142 +1,321 @@
-"""The released models' table: k-NN and angle readings of each part, beside its controls."""
+"""The whole evaluation of one network: which protocols on which images give which rows."""
 
-from collections.abc import Callable
-from typing import Any
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
-from clever_zoo.embedding import split_features
-from clever_zoo.encoder import evaluating
-from clever_zoo.preprocess import crop_pixels
-from clever_zoo.spec import PreprocessSpec
-from training.data import ImageSet
-from training.evaluate.knn import TEMPERATURE, knn_accuracy
-from training.evaluate.perturb import Perturbation, draw_angles, perturb
-from training.evaluate.rotation import RIDGE, angle_r2
+from clever_zoo.embedding import Part
+from clever_zoo.records import Interpolation, Protocol, Result
+from training.evaluate import equivariance, linear
+from training.evaluate.inputs import (
+    EvaluationImages,
+    Subject,
+    embed_images,
+    features_of,
+    parts_of,
+)
+from training.evaluate.knn import TEMPERATURE, knn_scores
+from training.evaluate.linear import fit_cached, fit_reference, top_k
+from training.evaluate.perturb import PERTURBATIONS
 
-NEIGHBORS = 20
+Task = Literal["knn", "linear_cached", "linear_reference", "equivariance"]
+
+NEIGHBORS = (10, 20, 100, 200)
 SEEDS = (0, 1, 2)
-ANGLE_TRAIN_IMAGES = 20_000
-BATCH_SIZE = 256
+KNN_PERTURBATIONS = ("ori", "r", "cj_r")
+LINEAR_PERTURBATIONS = tuple(name for name, p in PERTURBATIONS.items() if not p.masked)
+BILINEAR_PERTURBATIONS = ("ori", "cj_r")  # where the gap between the interpolations is measured
 
-PROTOCOLS = {
+TASKS: Mapping[str, str] = {
     "knn": (
-        f"weighted k-NN, k = {NEIGHBORS}, cosine, votes exp(similarity / {TEMPERATURE}); gallery: "
-        "all training images, unperturbed; queries: all test images; parts sliced before "
-        "normalising; top-1 in percent; perturbed: mean and population standard deviation over "
-        f"perturbation seeds {SEEDS}"
+        f"weighted k-NN, cosine, votes exp(similarity / {TEMPERATURE}); gallery: all training "
+        "images, unperturbed; queries: the test images; parts cut before normalising"
     ),
-    "clean": "evaluation transform only (bicubic)",
-    "r": "evaluation transform, rotation uniform in [-90, 90] degrees (nearest, black corners)",
-    "cj_r": "as r, then colour jitter (0.4, 0.4, 0.4, 0.1), always",
-    "angle_r2": (
-        "R^2 of ridge regression (penalty "
-        f"{RIDGE}, standardised features) to (sin, cos) of the angle, uniform in [-90, 90] "
-        f"degrees, circular mask; fitted on the first {ANGLE_TRAIN_IMAGES} training images, "
-        "scored on all test images; seed 0"
+    "linear_cached": (
+        "logistic regression to convergence (L2 penalty 1) on standardised features of the "
+        "centre crops of all training images; scored with its only solution, so 'last'"
     ),
+    "linear_reference": (
+        "the published probe: random resized crops (bilinear) and flips at every epoch, SGD with "
+        "momentum 0.9, learning rate 0.001 x batch / 256, cosine to 0, batch 256; perturbed images "
+        "resized bilinearly and scored with the last epoch's probe; 'best' is the best epoch, "
+        "chosen on the test images"
+    ),
+    **equivariance.TASKS,
 }
 
-Features = Callable[[Tensor], Tensor]
+
+class Condition(NamedTuple):
+    """Test images in one state."""
+
+    perturbation: str
+    interpolation: Interpolation
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Those of the draws; none where nothing is drawn."""
+        return SEEDS if PERTURBATIONS[self.perturbation].is_random else ()
 
 
-def evaluation_pixels(data: ImageSet, spec: PreprocessSpec) -> Tensor:
-    """(N, 3, size, size) uint8: every image through the released model's resize and crop."""
-    size = spec.input_size_px
-    pixels = torch.empty(len(data), 3, size, size, dtype=torch.uint8)
-    for i, image in enumerate(track(data.images, description="resize", transient=True)):
-        array = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
-        square = crop_pixels(Image.fromarray(array), spec.resize_px, size)
-        pixels[i] = torch.from_numpy(square).permute(2, 0, 1)
-    return pixels
+@dataclass
+class Rows:
+    """Collects values and turns them into rows, one per key, with mean and deviation over seeds."""
+
+    network: str
+    environment: int = 0
+    _values: dict[tuple[Any, ...], list[float]] = field(default_factory=lambda: defaultdict(list))
+    _facts: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
+
+    def add(
+        self,
+        protocol: Protocol,
+        part: Part,
+        metric: str,
+        value: float,
+        *,
+        n: int,
+        at: float | None = None,
+        seeds: Sequence[int] = (),
+        seconds: float = 0.0,
+    ) -> None:
+        """One value; further ones of the same key are those of further seeds."""
+        key = (protocol.task, protocol.features, protocol.perturbation, protocol.interpolation)
+        key = (*key, part, metric, at)
+        self._values[key].append(value)
+        facts = self._facts.setdefault(
+            key, {"protocol": protocol, "seeds": tuple(seeds), "n": n, "seconds": 0.0}
+        )
+        facts["seconds"] += seconds
+
+    def results(self) -> list[Result]:
+        """The rows, in the order in which their first values came."""
+        return [
+            Result(
+                network=self.network,
+                part=key[-3],
+                metric=key[-2],
+                at=key[-1],
+                mean=round(float(np.mean(values)), 4),
+                std=round(float(np.std(values)), 4),
+                environment=self.environment,
+                **(facts | {"seconds": round(facts["seconds"], 2)}),
+            )
+            for (key, values), facts in zip(self._values.items(), self._facts.values(), strict=True)
+        ]
 
 
-def backbone_features(backbone: nn.Module, spec: PreprocessSpec) -> Features:
-    """Features of byte-valued pixels: (B, 3, s, s) float 0..255 -> (B, D)."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (spec.mean, spec.std))
-
-    def features(pixels: Tensor) -> Tensor:
-        with evaluating(backbone), torch.inference_mode():
-            device = next(backbone.parameters()).device
-            return backbone(((pixels - mean) / std).to(device)).cpu()
-
-    return features
+Recipe = Literal["last1", "last4_reference", "last4_per_block"]
 
 
-def pixel_features(pixels: Tensor) -> Tensor:
-    """The raw-pixel control: (B, 3, s, s) float 0..255 -> (B, 3 s s)."""
-    return pixels.flatten(1) / 255
+def feature_recipes(blocks: int) -> tuple[Recipe, ...]:
+    """The ways in which features of so many blocks are cut into parts."""
+    return ("last1",) if blocks == 1 else ("last4_reference", "last4_per_block")
 
 
-def _embed(features: Features, pixels: Tensor, kind: Perturbation, seed: int) -> Tensor:
-    parts = []
-    for start in range(0, len(pixels), BATCH_SIZE):
-        batch = pixels[start : start + BATCH_SIZE].float()
-        samples = np.arange(start, start + len(batch))
-        parts.append(features(perturb(batch, samples, kind, seed)))
-    return torch.cat(parts)
+def _cut(features: Tensor, subject: Subject, blocks: int, recipe: Recipe) -> dict[Part, Tensor]:
+    per_block = recipe == "last4_per_block"
+    return parts_of(features, subject.cut, blocks=blocks, per_block=per_block)
 
 
-def _parts(features: Tensor, cut: int | None) -> dict[str, Tensor]:
-    if cut is None:
-        return {"full": features}
-    halves = split_features(features, cut)
-    return {"full": features, **halves._asdict()}
-
-
-def _mean_std(values: list[float]) -> dict[str, float]:
-    return {"mean": round(float(np.mean(values)), 2), "std": round(float(np.std(values)), 2)}
-
-
-def evaluate_features(
-    features: Features,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
+def evaluate_subject(
+    subject: Subject,
+    train: EvaluationImages,
+    test: EvaluationImages,
+    tasks: Collection[Task],
     *,
-    cut: int | None,
-    description: str,
-) -> dict[str, Any]:
-    """One column of the table; see `PROTOCOLS`.
+    reference_epochs: int = 100,
+    reference_seed: int = 0,
+    label: str = "",
+) -> list[Result]:
+    """Every row of one network.
 
     Args:
-        features: From `backbone_features`, or `pixel_features`.
-        train, test: Pixels (N, 3, s, s) uint8 and labels (N,).
-        cut: Index at which the features are cut into halves, None for the full vector alone.
-        description: For the progress bar.
+        subject: The network, or raw pixels.
+        train, test: Both splits, with the same classes.
+        tasks: What to measure.
+        reference_epochs: Epochs of "linear_reference"; the published protocol has 100.
+        reference_seed: Of its crops and initial weights.
+        label: For the progress bars.
+
+    Raises:
+        NonFiniteError: If a feature is not finite.
+        DataError: If there are too few images.
     """
-    (train_pixels, train_labels), (test_pixels, test_labels) = train, test
-    gallery = _parts(_embed(features, train_pixels, "clean", 0), cut)
-    jobs: list[tuple[Perturbation, int]] = [("clean", 0)]
-    jobs += [(kind, seed) for kind in ("r", "cj_r") for seed in SEEDS]
-    scores: dict[str, dict[str, list[float]]] = {}
-    for kind, seed in track(jobs, description=description, transient=True):
-        queries = _parts(_embed(features, test_pixels, kind, seed), cut)
-        for part, rows in queries.items():
-            accuracy = knn_accuracy(gallery[part], train_labels, rows, test_labels, k=NEIGHBORS)
-            scores.setdefault(kind, {}).setdefault(part, []).append(accuracy)
-    knn: dict[str, Any] = {
-        "clean": {part: round(values[0], 2) for part, values in scores.pop("clean").items()}
-    }
-    for kind, by_part in scores.items():
-        knn[kind] = {part: _mean_std(values) for part, values in by_part.items()}
-    return {"knn": knn, "angle_r2": _angle_readings(features, train_pixels, test_pixels, cut)}
-
-
-def _angle_readings(
-    features: Features, train_pixels: Tensor, test_pixels: Tensor, cut: int | None
-) -> dict[str, float]:
-    parts, degrees = [], []
-    # Two seeds, so that image i of the two sets does not share its angle.
-    for pixels, seed in ((train_pixels[:ANGLE_TRAIN_IMAGES], 1), (test_pixels, 0)):
-        parts.append(_parts(_embed(features, pixels, "r_masked", seed), cut))
-        degrees.append(draw_angles(np.arange(len(pixels)), seed).numpy())
-    return {
-        name: round(
-            angle_r2(parts[0][name].numpy(), degrees[0], parts[1][name].numpy(), degrees[1]), 3
+    rows = Rows(subject.network.name)
+    if {"knn", "linear_cached"} & set(tasks):
+        for blocks in subject.blocks:
+            _classify(rows, subject, train, test, tasks, blocks=blocks, label=label)
+    if "linear_reference" in tasks and subject.encoder is not None:
+        for blocks in subject.blocks:
+            _reference_probe(
+                rows,
+                subject,
+                train,
+                test,
+                blocks=blocks,
+                epochs=reference_epochs,
+                seed=reference_seed,
+                label=label,
+            )
+    if "equivariance" in tasks:
+        readings = equivariance.measure(
+            features_of(subject), subject.cut, train, test, description=label
         )
-        for name in parts[0]
+        for reading in readings:
+            values = reading._asdict()
+            protocol = Protocol(task=values.pop("task"))
+            rows.add(protocol, values.pop("part"), values.pop("metric"), values.pop("value"),
+                     seeds=(0,), **values)  # fmt: skip
+    return rows.results()
+
+
+def _conditions(tasks: Collection[Task], blocks: int) -> list[Condition]:
+    wanted: list[Condition] = []
+    if "knn" in tasks and blocks == 1:
+        wanted += [Condition(name, "bicubic") for name in KNN_PERTURBATIONS]
+    if "linear_cached" in tasks:
+        wanted += [Condition(name, "bicubic") for name in LINEAR_PERTURBATIONS]
+        wanted += [Condition(name, "bilinear") for name in BILINEAR_PERTURBATIONS]
+    return list(dict.fromkeys(wanted))
+
+
+def _test_features(
+    subject: Subject,
+    test: EvaluationImages,
+    conditions: Sequence[Condition],
+    blocks: int,
+    label: str,
+) -> Iterator[tuple[Condition, Tensor, float]]:
+    """Features of the test images in every condition, seed after seed, and the seconds of each."""
+    for interpolation in {c.interpolation for c in conditions}:
+        test.prepare(interpolation)
+    jobs = [(c, seed) for c in conditions for seed in c.seeds or (0,)]
+    for condition, seed in track(jobs, description=label, transient=True):
+        started = time.monotonic()
+        features = embed_images(
+            features_of(subject, blocks),
+            test,
+            perturbation=condition.perturbation,
+            seed=seed,
+            interpolation=condition.interpolation,
+        )
+        yield condition, features, time.monotonic() - started
+
+
+def _classify(
+    rows: Rows,
+    subject: Subject,
+    train: EvaluationImages,
+    test: EvaluationImages,
+    tasks: Collection[Task],
+    *,
+    blocks: int,
+    label: str,
+) -> None:
+    train.prepare("bicubic")
+    classes = len(train.data.class_names)
+    features = embed_images(features_of(subject, blocks), train)
+    gallery = {r: _cut(features, subject, blocks, r) for r in feature_recipes(blocks)}
+    started = time.monotonic()
+    probes = {
+        (recipe, part): fit_cached(x, train.labels, classes)
+        for recipe, parts in gallery.items()
+        for part, x in parts.items()
+        if "linear_cached" in tasks
     }
+    fit_s = (time.monotonic() - started) / max(len(probes), 1)
+    conditions = _conditions(tasks, blocks)
+    last = f"{label}: k-NN, linear" if blocks == 1 else f"{label}: linear, last {blocks} blocks"
+    for condition, raw, embed_s in _test_features(subject, test, conditions, blocks, last):
+        for recipe in gallery:
+            for part, x in _cut(raw, subject, blocks, recipe).items():
+                add = _adder(rows, recipe, condition, part, len(test))
+                if "knn" in tasks and recipe == "last1" and _has_knn(condition):
+                    started = time.monotonic()
+                    votes = knn_scores(
+                        gallery[recipe][part], train.labels, x, ks=NEIGHBORS, classes=classes
+                    )
+                    seconds = embed_s + time.monotonic() - started
+                    for k, scores in votes.items():
+                        for metric, value in _top1_top5(scores, test.labels).items():
+                            add("knn", metric, value, at=float(k), seconds=seconds)
+                if "linear_cached" in tasks and condition.perturbation in LINEAR_PERTURBATIONS:
+                    top1 = top_k(probes[recipe, part].scores(x), test.labels, 1)
+                    add("linear_cached", "top1_last", top1, seconds=embed_s + fit_s)
+
+
+def _has_knn(condition: Condition) -> bool:
+    return condition.perturbation in KNN_PERTURBATIONS and condition.interpolation == "bicubic"
+
+
+def _top1_top5(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    ks = (1, 5) if scores.shape[1] > 5 else (1,)
+    return {f"top{k}": top_k(scores, labels, k) for k in ks}
+
+
+def _adder(
+    rows: Rows, recipe: Recipe, condition: Condition, part: Part, n: int
+) -> Callable[..., None]:
+    def add(task: str, metric: str, value: float, **facts: Any) -> None:
+        protocol = Protocol(task=task, features=recipe, **condition._asdict())
+        rows.add(protocol, part, metric, value, n=n, seeds=condition.seeds, **facts)
+
+    return add
+
+
+def _reference_probe(
+    rows: Rows,
+    subject: Subject,
+    train: EvaluationImages,
+    test: EvaluationImages,
+    *,
+    blocks: int,
+    epochs: int,
+    seed: int,
+    label: str,
+) -> None:
+    started = time.monotonic()
+    clean = embed_images(features_of(subject, blocks), test)
+    keys = [
+        (recipe, part)
+        for recipe in feature_recipes(blocks)
+        for part in _cut(clean[:1], subject, blocks, recipe)
+    ]
+
+    def slices(recipe: Recipe, part: Part) -> Callable[[Tensor], Tensor]:
+        return lambda features: _cut(features, subject, blocks, recipe)[part]
+
+    named = {f"{recipe}/{part}": slices(recipe, part) for recipe, part in keys}
+    fitted = fit_reference(
+        features_of(subject, blocks),
+        train.data.images,
+        train.labels,
+        named,
+        len(train.data.class_names),
+        size_px=train.spec.input_size_px,
+        seed=seed,
+        epochs=epochs,
+        test={name: cut(clean) for name, cut in named.items()},
+        test_labels=test.labels,
+        description=f"{label}: linear_reference",
+    )
+    seconds = time.monotonic() - started
+    for (recipe, part), probe in zip(keys, fitted.values(), strict=True):
+        add = _adder(rows, recipe, Condition("ori", "bicubic"), part, len(test))
+        add("linear_reference", "top1_last", probe.top1[-1], seconds=seconds)
+        add("linear_reference", "top1_best", max(probe.top1), seconds=seconds)
+    # As published: bicubic for clean images, bilinear for perturbed ones.
+    perturbed = [Condition(n, "bilinear") for n in LINEAR_PERTURBATIONS if n != "ori"]
+    last = f"{label}: linear_reference, perturbed"
+    for condition, raw, embed_s in _test_features(subject, test, perturbed, blocks, last):
+        for recipe, part in keys:
+            name = f"{recipe}/{part}"
+            top1 = linear.top_k(fitted[name].probe.scores(named[name](raw)), test.labels, 1)
+            add = _adder(rows, recipe, condition, part, len(test))
+            add("linear_reference", "top1_last", top1, seconds=embed_s)
