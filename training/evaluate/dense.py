@@ -1,5 +1,6 @@
 """What the dense evaluations share: an encoder of any source, its patches, one part of them."""
 
+from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -12,6 +13,14 @@ from clever_zoo.spec import ModelSpec
 from training.checkpoint import CHECKPOINT
 from training.pretrain import preprocess_spec
 from training.runs import load_run
+
+
+class PartChoice(StrEnum):
+    """A part on the command line."""
+
+    full = "full"
+    invariant = "invariant"
+    equivariant = "equivariant"
 
 
 def load_encoder(source: str, device: str = "cpu") -> Encoder:
