@@ -12,9 +12,14 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import clever_zoo
-from clever_zoo.errors import DataError, NonFiniteError, ShapeError
+from clever_zoo.errors import CleverZooError, DataError, NonFiniteError, ShapeError
 from tests import oracles
+from training import pretrain
+from training.config import load_recipe
+from training.data import TrainImages, load_fashion_mnist
 from training.evaluate import segmentation
+from training.evaluate.dense import patch_grid
+from training.evaluate.inputs import load_encoder
 from training.evaluate.segmentation import (
     boundary_agreement,
     evaluate_segmentation,
@@ -30,6 +35,7 @@ from training.evaluate.segmentation import (
     segment,
     write_mask,
 )
+from training.runs import load_run
 
 HEIGHT, WIDTH, FRAMES = 64, 128, 10
 
@@ -213,6 +219,27 @@ def test_the_command_writes_masks_and_scores(davis: Path, tmp_path: Path) -> Non
     written = sorted((tmp_path / "o/squares").glob("*.png"))
     assert [p.name for p in written] == [f"{i:05d}.png" for i in range(FRAMES)]
     assert read_mask(written[-1]).shape == (HEIGHT, WIDTH)
+
+
+def test_a_training_run_is_a_source_too(tmp_path: Path, fashion_mnist_folder: Path) -> None:
+    small = ["epochs=1", "batch_size=16", "method.prototypes=64", "method.hidden_dim=64"]
+    small += ["method.bottleneck_dim=32", "optimizer.warmup_epochs=0.25"]
+    recipe = load_recipe("clever-resnet18.fmnist", small)
+    data = TrainImages(load_fashion_mnist(fashion_mnist_folder, "train"))
+    pretrain.train(recipe, data, tmp_path / "run", stop_at_step=1)
+    encoder, _ = load_encoder(str(tmp_path / "run"))
+    _, teacher, _ = load_run(tmp_path / "run")
+    assert (encoder.spec.name, encoder.spec.invariant_dim) == ("clever-resnet18.fmnist", 409)
+    assert encoder.spec.preprocess == clever_zoo.model_info("clever-resnet18").preprocess
+    assert not encoder.training
+    pixels = torch.randn(1, 3, 64, 96)
+    # In the storage of a release, which rounds to float16.
+    torch.testing.assert_close(encoder(pixels).full, teacher.eval()(pixels), atol=5e-3, rtol=0)
+    grid = patch_grid(encoder, pixels, "equivariant")
+    assert grid.shape == (1, 2, 3, 103)
+    assert torch.equal(grid[0, 1, 2], encoder.features(pixels)[0][0, 409:, 1, 2])
+    with pytest.raises(CleverZooError, match="neither a model name"):
+        load_encoder(str(tmp_path / "elsewhere"))
 
 
 def missing_frame(root: Path) -> None:

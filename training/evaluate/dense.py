@@ -1,5 +1,7 @@
 """What the dense evaluations share: patches of any encoder, and one part of them."""
 
+from enum import StrEnum
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,14 @@ from clever_zoo.embedding import Part, split_features
 from clever_zoo.encoder import Encoder
 from clever_zoo.errors import NonFiniteError, ShapeError
 from clever_zoo.spec import ModelSpec
+
+
+class PartChoice(StrEnum):
+    """A part on the command line."""
+
+    full = "full"
+    invariant = "invariant"
+    equivariant = "equivariant"
 
 
 def part_of(features: Tensor, spec: ModelSpec, part: Part) -> Tensor:

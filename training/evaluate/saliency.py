@@ -1,6 +1,6 @@
 """Unsupervised saliency by TokenCut on ECSSD, DUTS-TE or DUT-OMRON.
 
-    python -m training.evaluate.saliency clever-vit-small --dataset ecssd --data ECSSD
+    python -m training.evaluate.saliency runs/my-vit --dataset ecssd --data ECSSD
 
 A picture's patches are cut in two by the second eigenvector of their similarity graph.
 """
@@ -298,7 +298,7 @@ def main(
 ) -> None:
     """Find the salient object of each picture with TokenCut (ViT), and score maxF, IoU, accuracy.
 
-    Example: python -m training.evaluate.saliency clever-vit-small --dataset ecssd --data ECSSD
+    Example: python -m training.evaluate.saliency runs/my-vit --dataset ecssd --data ECSSD
     """
     try:
         scores = evaluate_saliency(

@@ -1,6 +1,6 @@
 """DAVIS-2017 video object segmentation by label propagation, scored with J and F.
 
-    python -m training.evaluate.segmentation clever-vit-small --data DAVIS -o out/davis
+    python -m training.evaluate.segmentation clever-resnet18 --data DAVIS -o out/davis
 
 Nothing is trained: the masks of a video's first frame are carried on to the next frames by the
 similarity of patch features.
@@ -31,7 +31,7 @@ from clever_zoo.errors import CleverZooError, DataError
 from clever_zoo.files import replacing, write_atomic
 from clever_zoo.preprocess import load_image
 from clever_zoo.spec import IMAGENET_STD, ModelSpec
-from training.evaluate.dense import check_finite, patch_grid
+from training.evaluate.dense import PartChoice, check_finite, patch_grid
 from training.evaluate.inputs import load_encoder
 
 SHORT_SIDE_PX = 480
@@ -434,7 +434,7 @@ def main(
     ],
     data: Annotated[Path, typer.Option(help="The DAVIS folder, with ImageSets in it.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of masks, scores.json.")],
-    part: Annotated[Part, typer.Option(help="Which part of the features.")] = "full",
+    part: Annotated[PartChoice, typer.Option(help="Which part of the features.")] = PartChoice.full,
     device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
     short_side_px: Annotated[
         int, typer.Option(min=64, help="Short side of the frames; other than 480 is no protocol.")
@@ -442,20 +442,20 @@ def main(
 ) -> None:
     """Carry the first masks of the DAVIS-2017 validation videos on, and score J and F.
 
-    Example: python -m training.evaluate.segmentation clever-vit-small --data DAVIS -o out/davis
+    Example: python -m training.evaluate.segmentation clever-resnet18 --data DAVIS -o out/davis
     """
     try:
         encoder = load_encoder(source, device)[0]
         sequences = read_davis(data)
         scores = evaluate_segmentation(
-            encoder, sequences, output, part=part, short_side_px=short_side_px
+            encoder, sequences, output, part=part.value, short_side_px=short_side_px
         )
         record = {"protocol": PROTOCOL, "short_side_px": short_side_px, **asdict(scores)}
         write_atomic(output / "scores.json", (json.dumps(record, indent=2) + "\n").encode())
     except (CleverZooError, OSError) as error:
         fail(error)
     typer.echo(
-        f"{scores.encoder}, {part}: J&F {scores.j_and_f:.3f}, J {scores.j_mean:.3f} (recall "
+        f"{scores.encoder}, {scores.part}: J&F {scores.j_and_f:.3f}, J {scores.j_mean:.3f} (recall "
         f"{scores.j_recall:.3f}), F {scores.f_mean:.3f} (recall {scores.f_recall:.3f}); "
         f"{len(scores.objects)} objects, {scores.seconds:.0f} s -> {output}"
     )
