@@ -228,6 +228,27 @@ def test_a_linear_head_leaves_the_encoder_alone_and_repeats_to_the_bit(photos, t
         )  # fmt: skip
 
 
+def test_a_hugging_face_data_set_and_a_share_of_its_labels(photos, tmp_path) -> None:
+    import datasets
+
+    splits = {}
+    for split in ("train", "test"):
+        paths = sorted((photos / split).rglob("*.png"))
+        rows = {
+            "picture": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
+            "kind": [NAMES.index(sample_class(path)) for path in paths],
+        }
+        table = datasets.Dataset.from_dict(rows).cast_column("picture", datasets.Image())
+        splits[split] = table.cast_column("kind", datasets.ClassLabel(names=list(NAMES)))
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "hf")
+    columns = ("data.hf_name=./hf", "data.image_column=picture", "data.label_column=kind")
+    options = ("--dataset", "huggingface", "--data", tmp_path, "--preset", "semi")
+    result = invoke(*QUICK, *columns, "epochs=1", *options, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "6 training and 30 test images" in result.output
+    assert (tmp_path / "out" / "subset.txt").read_text().count("\n") == 1 + 6
+
+
 def test_a_subset_belongs_to_the_data_whatever_the_cache(photos, tmp_path) -> None:
     listed = [
         finetune.list_images(config(f"data.cache={cache}").data, photos, "train").digest()
