@@ -99,11 +99,12 @@ PRESETS: dict[str, dict[str, object]] = {
     "linear": {"freeze": True, "weight_decay": 0.0},
     "finetune": {},
     "semi": {"fraction": 0.1},
-    # Ours, for everyday use: rates compared on held-out training images of Fashion-MNIST.
+    # Ours, for everyday use: the best of nine pairs of rates for clever-resnet18 on 2,000 training
+    # images of Fashion-MNIST, compared on 2,000 other training images.
     "short": {
         "epochs": 5,
         "batch_size": 64,
-        "lr_head_per_256": 0.2,
+        "lr_head_per_256": 0.02,
         "lr_encoder_per_256": 0.1,
         "weight_decay": 5e-4,
     },
