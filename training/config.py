@@ -328,7 +328,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(str(source), [f"no such recipe; pass a .toml file or one of: {bundled}"])
     content = {"name": path.stem, **_read_extended(path, ())}
     for override in overrides:
-        content = _merged(content, _parse_override(override))
+        content = merged(content, parse_override(override))
     recipe = parse_recipe(content, str(path))
     return smoke_version(recipe) if recipe.run.smoke else recipe
 
@@ -347,31 +347,34 @@ def _read_extended(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
         raise RecipeError(str(path), [f'extends is {parents!r}; use a list such as ["parts/a"]'])
     for parent in parents:
-        content = _merged(
-            content, _read_extended(path.parent / f"{parent}.toml", (*children, path))
-        )
-    return _merged(content, own)
+        content = merged(content, _read_extended(path.parent / f"{parent}.toml", (*children, path)))
+    return merged(content, own)
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """`above` laid over `below`, table by table.
 
     `model_args` is one value, and a method of another name brings none of the other's options.
     """
-    merged = dict(below)
+    result = dict(below)
     for key, value in above.items():
-        tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        if tables and key != "model_args" and not _other_method(key, merged[key], value):
-            value = _merged(merged[key], value)
-        merged[key] = value
-    return merged
+        tables = isinstance(value, dict) and isinstance(result.get(key), dict)
+        if tables and key != "model_args" and not _other_method(key, result[key], value):
+            value = merged(result[key], value)
+        result[key] = value
+    return result
 
 
 def _other_method(key: str, below: dict[str, Any], above: dict[str, Any]) -> bool:
     return key == "method" and "name" in above and above["name"] != below.get("name", "dino")
 
 
-def _parse_override(override: str) -> dict[str, Any]:
+def parse_override(override: str) -> dict[str, Any]:
+    """KEY=VALUE as nested tables; the right side is TOML, or a bare word.
+
+    Raises:
+        RecipeError: If it is not of that form.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(override, ["an override is KEY=VALUE, such as epochs=1"])

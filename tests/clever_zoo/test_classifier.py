@@ -316,7 +316,7 @@ def test_a_plain_timm_loop_lowers_the_loss() -> None:
         loss.backward()
         optimizer.step()
         scheduler.step(epoch + 1)
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
     assert optimizer.param_groups[0]["lr"] < start_lrs[0] / 100
 
