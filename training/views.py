@@ -36,9 +36,10 @@ GRAYSCALE_PROBABILITY = 0.2
 BLUR_SIGMA_PX = (0.1, 2.0)
 ASPECT_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
+CROP_DRAWS = 2 * CROP_ATTEMPTS + 2  # uniform numbers of one box
 FULL_SCALE = (0.08, 1.0)  # of crop_and_flip: torchvision's default
 
-_FIXED_DRAWS = 2 * CROP_ATTEMPTS + 20  # every number of a view but its elastic noise
+_FIXED_DRAWS = CROP_DRAWS + 18  # every number of a view but its elastic noise
 # Values of a chunk of the batch on a CPU: large enough that images with the same jitter operation
 # go together, small enough for the last-level cache.
 _CHUNK_VALUES = 2_400_000
@@ -132,10 +133,19 @@ class ViewParameters:
         return replace(chosen, noise=self.noise[first:last])
 
 
-def _crop_boxes(
+def crop_boxes(
     u: NDArray[np.float64], image_size: tuple[int, int], scale: tuple[float, float]
 ) -> NDArray[np.float64]:
-    """(4, B): top, left, height, width of torchvision's RandomResizedCrop."""
+    """The boxes of torchvision's RandomResizedCrop.
+
+    Args:
+        u: Uniform numbers in [0, 1), (B, CROP_DRAWS).
+        image_size: Height and width of the images, pixels.
+        scale: Least and greatest share of the area that a box covers.
+
+    Returns:
+        (4, B): top, left, height, width, whole pixels.
+    """
     image_h, image_w = image_size
     area = image_h * image_w * (scale[0] + u[:, :CROP_ATTEMPTS] * (scale[1] - scale[0]))
     low, high = (math.log(r) for r in ASPECT_RATIO)
@@ -188,10 +198,9 @@ def draw_parameters(
     """
     recipe = STYLES[style]
     u = uniforms(seed, epoch, samples, view, _FIXED_DRAWS)
-    crop = 2 * CROP_ATTEMPTS
-    boxes = _crop_boxes(u[:, : crop + 2], image_size, scale)
-    flip, turn, warp, jitter, gray, blur, sigma, solarize = u[:, crop + 2 : crop + 10].T
-    order, factors = u[:, crop + 10 : crop + 14], u[:, crop + 14 : crop + 18]
+    boxes = crop_boxes(u[:, :CROP_DRAWS], image_size, scale)
+    flip, turn, warp, jitter, gray, blur, sigma, solarize = u[:, CROP_DRAWS : CROP_DRAWS + 8].T
+    order, factors = u[:, CROP_DRAWS + 8 : CROP_DRAWS + 12], u[:, CROP_DRAWS + 12 : CROP_DRAWS + 16]
     angle = (2 * turn - 1) * MAX_ANGLE_DEG if strength != "baug" else np.zeros_like(turn)
     elastic = (warp < ELASTIC_PROBABILITY) & (strength == "caug_plus")
     low, high = np.array(recipe.jitter).T

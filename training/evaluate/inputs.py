@@ -31,6 +31,8 @@ BATCH_SIZE = 256
 _CACHED_BYTES = 4 << 30
 
 Features = Callable[[Tensor], Tensor]  # (B, 3, s, s) float 0..255 -> (B, D)
+# Pixels as above and the index of each image (B,) -> other such pixels.
+Change = Callable[[Tensor, NDArray[np.int64]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -214,11 +216,38 @@ def embed_images(
     interpolation: Interpolation = "bicubic",
     limit: int | None = None,
 ) -> Tensor:
-    """Features (N, D) of all images, or of the first `limit`.
+    """Features (N, D) of all images, or of the first `limit`, perturbed.
 
     Raises:
         NonFiniteError: If a feature is not finite; names the first such image.
         DataError: If there are fewer than two images.
+    """
+
+    def change(pixels: Tensor, samples: NDArray[np.int64]) -> Tensor:
+        return perturb(pixels, samples, perturbation, seed)
+
+    return embed_changed(
+        features, images, change, name=perturbation, interpolation=interpolation, limit=limit
+    )
+
+
+def embed_changed(
+    features: Features,
+    images: EvaluationImages,
+    change: Change,
+    *,
+    name: str,
+    interpolation: Interpolation = "bicubic",
+    limit: int | None = None,
+) -> Tensor:
+    """Features (N, D) of all images, or of the first `limit`, after any change of the pixels.
+
+    Args:
+        change: What is done to the images before they are embedded.
+        name: Of the change, for the error message.
+
+    Raises:
+        NonFiniteError, DataError: As in `embed_images`.
     """
     if len(images) < 2:
         raise DataError(
@@ -226,11 +255,11 @@ def embed_images(
         )
     rows = []
     for pixels, samples in images.batches(interpolation, limit=limit):
-        batch = features(perturb(pixels, samples, perturbation, seed))
+        batch = features(change(pixels, samples))
         if not batch.isfinite().all():
             first = samples[int((~batch.isfinite()).any(1).nonzero()[0])]
             raise NonFiniteError(
-                f"the features of {images.split} image {first} ({perturbation}) are not finite; "
+                f"the features of {images.split} image {first} ({name}) are not finite; "
                 "the weights or the image are broken, so nothing is evaluated"
             )
         rows.append(batch)
