@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from clever_zoo.backbones import list_backbones as list_backbones
     from clever_zoo.classifier import Classifier as Classifier
     from clever_zoo.classifier import create_classifier as create_classifier
+    from clever_zoo.compare import Comparison as Comparison
+    from clever_zoo.compare import compare_images as compare_images
     from clever_zoo.embedding import Embedding as Embedding
     from clever_zoo.encoder import Encoder as Encoder
     from clever_zoo.encoder import create_encoder as create_encoder
@@ -30,9 +32,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Classifier": "classifier",
     "CleverZooError": "errors",
+    "Comparison": "compare",
     "Embedding": "embedding",
     "Encoder": "encoder",
     "ModelSpec": "spec",
+    "compare_images": "compare",
     "create_classifier": "classifier",
     "create_encoder": "encoder",
     "create_transform": "encoder",

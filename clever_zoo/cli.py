@@ -1,4 +1,4 @@
-"""The command line: ``clever-zoo list | info | embed | verify``."""
+"""The command line: ``clever-zoo list | info | embed | compare | verify``."""
 
 import json
 import sys
@@ -127,6 +127,43 @@ def embed(
             f"{len(report.errors)} unreadable files listed in {report.errors_path}", err=True
         )
         raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A picture.", show_default=False)],
+    second: Annotated[str, typer.Argument(help="Another one.", show_default=False)],
+    model: ModelArgument = "clever-resnet18",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
+) -> None:
+    """Say how alike two pictures are in each half.
+
+    A cosine alone says little: each half of each model has its own range. Beside it stands how
+    many pairs of different bundled pictures (small grey pictures of clothes) are less alike.
+    What a half holds is measured in the model's card; its name does not promise it.
+
+    Example: clever-zoo compare shoe.png shoe-turned.png
+    """
+    try:
+        from clever_zoo.compare import compare_images
+        from clever_zoo.encoder import from_pretrained
+
+        encoder = from_pretrained(model)
+        comparison = compare_images(encoder, first, second)
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    halves = {name: getattr(comparison, name) for name in ("invariant", "equivariant")}
+    if as_json:
+        values = {name: likeness._asdict() for name, likeness in halves.items()}
+        record = {"model": encoder.spec.name, "images": [first, second], **values}
+        typer.echo(json.dumps(record | {"pairs": comparison.pairs}, indent=2))
+        return
+    for name, likeness in halves.items():
+        # Rounded down: 100 % is said only where no pair is as much alike.
+        typer.echo(
+            f"{name}: cosine {likeness.cosine:.3f}, more alike than "
+            f"{int(likeness.percent_less_alike)} % of pairs of different bundled pictures"
+        )
 
 
 @app.command()
