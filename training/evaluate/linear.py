@@ -28,9 +28,10 @@ from training.schedules import cosine
 from training.views import crop_and_flip
 
 GRADIENT_TOLERANCE = 1e-5
-MAX_STEPS = 1000
+MAX_STEPS = 5000
 MOMENTUM = 0.9
 INITIAL_STD = 0.01
+_CHUNK_ROWS = 2048
 
 Slice = Callable[[Tensor], Tensor]  # features (B, D) -> what one probe reads of them (B, d)
 
@@ -114,14 +115,23 @@ def fit_cached(
     _check_finite(features, np.arange(len(features)))
     target = usable_device(device)
     mean, std = _moments(features)
-    x, y = ((features - mean) / std).to(target), labels.to(target)
-    # Products in single precision, sums and steps in double: accurate enough for the tolerance at
-    # half the memory.
-    weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, device=target)
-    bias = torch.zeros(classes, dtype=torch.float64, device=target)
-    parameters = [weight.requires_grad_(), bias.requires_grad_()]
+    weight, bias, gradient = _solve(
+        *(t.to(target) for t in (features, labels, mean.double(), std.double())),
+        classes=classes,
+        penalty=penalty,
+    )
+    converged = gradient <= GRADIENT_TOLERANCE
+    return LinearProbe(weight.float().cpu(), bias.float().cpu(), mean, std, converged)
+
+
+def _solve(
+    x: Tensor, y: Tensor, mean: Tensor, std: Tensor, *, classes: int, penalty: float
+) -> tuple[Tensor, Tensor, float]:
+    """Weight (C, D) and bias (C,) float64 of the minimum, and the largest slope left there."""
+    weight = x.new_zeros(classes, len(mean), dtype=torch.float64).requires_grad_()
+    bias = x.new_zeros(classes, dtype=torch.float64).requires_grad_()
     optimizer = torch.optim.LBFGS(
-        parameters,
+        [weight, bias],
         max_iter=MAX_STEPS,
         max_eval=2 * MAX_STEPS,
         tolerance_grad=GRADIENT_TOLERANCE,
@@ -132,23 +142,22 @@ def fit_cached(
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        logits = F.linear(x, weight.float(), bias.float()).double()
-        value = F.cross_entropy(logits, y) + penalty / (2 * len(x)) * weight.square().sum()
-        value.backward()
-        return value
+        total = penalty / (2 * len(x)) * weight.square().sum()
+        total.backward()
+        # Nearly collinear features need double precision; a few rows at a time, to save memory.
+        for rows, truth in zip(x.split(_CHUNK_ROWS), y.split(_CHUNK_ROWS), strict=True):
+            slope = weight / std
+            logits = F.linear(rows.double(), slope, bias - slope @ mean)
+            part = F.cross_entropy(logits, truth, reduction="sum") / len(x)
+            part.backward()
+            total = total.detach() + part.detach()
+        return total
 
     optimizer.step(loss)
-    final = loss()
-    if not final.isfinite():
+    if not loss().isfinite():
         raise NonFiniteError("the loss of the linear probe is not finite; look at the features")
-    gradient = max(float(p.grad.abs().max()) for p in parameters)
-    return LinearProbe(
-        weight.detach().float().cpu(),
-        bias.detach().float().cpu(),
-        mean,
-        std,
-        converged=gradient <= GRADIENT_TOLERANCE,
-    )
+    gradient = max(float(p.grad.abs().max()) for p in (weight, bias))
+    return weight.detach(), bias.detach(), gradient
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,7 +246,7 @@ def fit_reference(
                 with torch.inference_mode():
                     scores = heads[name](test[name])
                 curves[name].append(top_k(scores, test_labels, 1))
-        fitted = {n: ReferenceProbe(_as_probe(heads[n]), tuple(curves[n])) for n in slices}
+        fitted = {n: ReferenceProbe(_as_probe(n, heads[n]), tuple(curves[n])) for n in slices}
         for name in test or ():
             bar.console.print(f"{description}, {name}: {fitted[name]}", markup=False)
     return fitted
@@ -250,7 +259,11 @@ def _head(width: int, classes: int, seed: int) -> torch.nn.Linear:
     return head
 
 
-def _as_probe(head: torch.nn.Linear) -> LinearProbe:
+def _as_probe(name: str, head: torch.nn.Linear) -> LinearProbe:
+    if not all(p.isfinite().all() for p in head.parameters()):
+        raise NonFiniteError(
+            f"the weights of probe {name!r} are not finite after the last epoch; lower lr_per_256"
+        )
     width = head.in_features
     return LinearProbe(head.weight.data, head.bias.data, torch.zeros(width), torch.ones(width))
 
