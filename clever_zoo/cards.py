@@ -62,6 +62,7 @@ class Column(NamedTuple):
     heading: str
     record: Record
     network: str
+    role: Role
 
     def find(self, metric: Metric, part: Part) -> Result | None:
         """Its number in a row, None if it was not measured."""
@@ -108,7 +109,7 @@ ERRORS = (
 def columns_of(record: Record) -> list[Column]:
     """The networks of a record: model, baseline, untrained network, raw pixels."""
     ordered = sorted(record.networks, key=lambda network: ROLES.index(network.role))
-    return [Column(network.name, record, network.name) for network in ordered]
+    return [Column(n.name, record, n.name, n.role) for n in ordered]
 
 
 def every_metric(record: Record) -> tuple[Metric, ...]:
@@ -139,11 +140,16 @@ def _label(record: Record, row: Result) -> str:
     return ", ".join(words)
 
 
+def decimals_of(metric: str) -> int:
+    """Decimals that a number of this metric is shown with."""
+    return _DECIMALS.get(metric.partition("_")[0], 1)
+
+
 def metric_cell(result: Result | None) -> str:
     """A number as text, with its deviation where several seeds stand behind it."""
     if result is None:
         return ""
-    decimals = _DECIMALS.get(result.metric.partition("_")[0], 1)
+    decimals = decimals_of(result.metric)
     text = f"{result.mean:.{decimals}f}"
     return f"{text} ± {result.std:.{decimals}f}" if len(result.seeds) > 1 else text
 
@@ -183,8 +189,7 @@ _CUTS: dict[Role, str] = {
 
 def findings(record: Record) -> list[str]:
     """What was measured of each half in sentences, whether or not it fits the half's name."""
-    columns = {network.role: Column(network.name, record, network.name)
-               for network in record.networks}  # fmt: skip
+    columns = {column.role: column for column in columns_of(record)}
     if "model" not in columns:
         return []
     classes = [metric for metric in METRICS if metric.task in _CLASSIFYING]
@@ -243,7 +248,7 @@ def _figures(record: Record) -> str:
     )
 
 
-def _measured_lines(record: Record) -> list[str]:
+def measured_lines(record: Record) -> list[str]:
     """Each environment with the tasks that were measured there."""
     lines = []
     for index, e in enumerate(record.environments):
@@ -306,7 +311,7 @@ def _results_section(spec: ModelSpec, record: Record) -> str:
         "### Protocols",
         "\n".join(definitions),
         "### Where it was measured",
-        "\n".join([*_measured_lines(record), *_digest_lines(record)]),
+        "\n".join([*measured_lines(record), *_digest_lines(record)]),
         "The full record, with seeds, images and seconds of each number, is results.json.",
     ]
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)

@@ -286,11 +286,6 @@ def _differences_table(runs: Sequence[Run]) -> str:
     return html_table(["setting", *(run.label for run in runs)], rows)
 
 
-def _role(column: Column) -> str:
-    (network,) = (n for n in column.record.networks if n.name == column.network)
-    return network.role
-
-
 def _scores(column: Column) -> dict[tuple[Any, ...], float]:
     """Everything measured on a network, under keys without its name."""
     rows = (row for row in column.record.results if row.network == column.network)
@@ -304,7 +299,7 @@ def _results_table(runs: Sequence[Run]) -> str:
         column._replace(heading=label)
         for label, record in records.items()
         for column in columns_of(record)
-        if _role(column) == "model"
+        if column.role == "model"
     ]
     for label, record in records.items():
         for column in columns_of(record):
@@ -312,7 +307,7 @@ def _results_table(runs: Sequence[Run]) -> str:
                 taken = any(column.heading == seen.heading for seen in columns)
                 heading = f"{column.heading} of {label}" if taken else column.heading
                 columns.append(column._replace(heading=heading))
-    columns.sort(key=lambda column: _role(column) in ("untrained", "pixels"))
+    columns.sort(key=lambda column: column.role in ("untrained", "pixels"))
     head, *rows = table_rows(columns, METRICS)
     return html_table(head, rows)
 
