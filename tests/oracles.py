@@ -194,3 +194,23 @@ def saliency_scores(
         accuracies.append(sum((p > 0.5) == t for p, t in pixels) / len(pixels))
     best = max(sum(column) / len(curves) for column in zip(*curves, strict=True))
     return best, sum(overlaps) / len(overlaps), sum(accuracies) / len(accuracies)
+
+
+def sgd_probe(
+    weight: Array, batches: list[list[tuple[Array, NDArray[np.int64]]]], lr: float, momentum: float
+) -> tuple[Array, Array]:
+    """Weight and bias after softmax regression by SGD on batches (features, labels) per epoch."""
+    weight, bias = weight.astype(np.float64), np.zeros(len(weight))
+    speed_w, speed_b = np.zeros_like(weight), np.zeros_like(bias)
+    for epoch, epoch_batches in enumerate(batches):
+        rate = lr * (1 + math.cos(math.pi * epoch / len(batches))) / 2
+        for features, labels in epoch_batches:
+            slope_w, slope_b = np.zeros_like(weight), np.zeros_like(bias)
+            for x, label in zip(features, labels, strict=True):
+                error = softmax(weight @ x + bias)
+                error[label] -= 1
+                slope_w += np.outer(error, x) / len(labels)
+                slope_b += error / len(labels)
+            speed_w, speed_b = momentum * speed_w + slope_w, momentum * speed_b + slope_b
+            weight, bias = weight - rate * speed_w, bias - rate * speed_b
+    return weight, bias

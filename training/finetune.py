@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from clever_zoo.cli import fail
 from clever_zoo.embedding import Part
 from clever_zoo.encoder import evaluating, usable_device
 from clever_zoo.errors import CleverZooError, DataError, NonFiniteError, RecipeError
-from clever_zoo.spec import CONFIG_FILENAME, PreprocessSpec, problem_lines
+from clever_zoo.spec import CONFIG_FILENAME, problem_lines
 from training.config import DataConfig, merged, parse_override
 from training.data import (
     Batch,
@@ -37,18 +37,17 @@ from training.data import (
     ImageSource,
     Split,
     TrainImages,
+    check_classes,
     load_split,
     load_train_images,
     open_source,
 )
-from training.data.sources import data_error, some
-from training.evaluate.suite import evaluation_pixels
+from training.evaluate.inputs import EvaluationImages, normalized
 from training.schema import Section
 from training.subset import SUBSET, Subset, draw_subset, read_subset, write_subset
 from training.views import crop_and_flip
 
 LOG = "log.jsonl"
-TEST_BATCH_SIZE = 256
 _FROM_ENCODER = {"crop_pct", "mean", "std"}
 
 
@@ -99,7 +98,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "linear": {"freeze": True, "weight_decay": 0.0},
     "finetune": {},
     "semi": {"fraction": 0.1},
-    # Ours, for everyday use: the best of nine pairs of rates for clever-resnet18 on 2,000 training
+    # Ours, for everyday use: the best of eight pairs of rates for clever-resnet18 on 2,000 training
     # images of Fashion-MNIST, compared on 2,000 other training images.
     "short": {
         "epochs": 5,
@@ -129,13 +128,6 @@ class FinetuneResult:
     n_train: int
     n_test: int
     seconds: float
-
-
-class EvaluationImages(NamedTuple):
-    """Evaluation squares (N, 3, size, size) uint8 and classes (N,)."""
-
-    pixels: Tensor
-    labels: Tensor
 
 
 def load_config(preset: str, dataset: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
@@ -168,34 +160,6 @@ def list_images(
     if config.dataset == "fashion-mnist":
         return load_split(config, root, split)
     return open_source(config, root, split, cache_folder=cache_folder)
-
-
-def check_classes(train: ImageSet | ImageSource, test: ImageSet | ImageSource) -> None:
-    """Refuse data on which an accuracy would mean nothing.
-
-    Raises:
-        DataError: For a class that has no image in one of the splits, other classes in test
-            than in train, fewer than two classes or two training images; lists all.
-    """
-    names = train.class_names
-    problems = []
-    if only := [name for name in names if name not in test.class_names]:
-        problems.append(f"{len(only)} classes of train are not in test: {some(only)}")
-    if only := [name for name in test.class_names if name not in names]:
-        problems.append(f"{len(only)} classes of test are not in train: {some(only)}")
-    if not problems and names != test.class_names:
-        problems.append("train and test number their classes differently")
-    if len(names) < 2:
-        problems.append(f"{len(names)} class ({some(names)}); a classifier needs at least 2")
-    if len(train) < 2:
-        problems.append(f"{len(train)} training image; at least 2 are needed")
-    for split, images in (("train", train), ("test", test)):
-        counts = torch.bincount(images.labels, minlength=len(images.class_names)).tolist()
-        empty = [n for n, c in zip(images.class_names, counts, strict=True) if not c]
-        if empty:
-            problems.append(f"{len(empty)} classes without an image in {split}: {some(empty)}")
-    if problems:
-        raise data_error("the data set cannot be used", problems)
 
 
 def choose_images(
@@ -247,22 +211,14 @@ def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def _normalized(pixels: Tensor, spec: PreprocessSpec) -> Tensor:
-    """(B, 3, H, W) 0..255 -> as `Classifier.forward` wants them."""
-    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (spec.mean, spec.std))
-    return (pixels.float() / 255 - mean) / std
-
-
 def top1(classifier: Classifier, test: EvaluationImages) -> float:
     """Share of test images whose class is the most likely one, percent."""
     spec, device = classifier.encoder.spec.preprocess, classifier.head.weight.device
     correct = 0
     with evaluating(classifier), torch.inference_mode():
-        for pixels, labels in zip(
-            test.pixels.split(TEST_BATCH_SIZE), test.labels.split(TEST_BATCH_SIZE), strict=True
-        ):
-            predicted = classifier(_normalized(pixels.to(device), spec)).argmax(1)
-            correct += int((predicted.cpu() == labels).sum())
+        for pixels, samples in test.batches():
+            predicted = classifier(normalized(pixels.to(device), spec)).argmax(1)
+            correct += int((predicted.cpu() == test.labels[samples]).sum())
     return 100 * correct / len(test.labels)
 
 
@@ -299,7 +255,7 @@ def train_epoch(
             epoch=epoch,
             size=spec.input_size_px,
         )
-        loss = F.cross_entropy(classifier(_normalized(pixels, spec)), labels[samples].to(device))
+        loss = F.cross_entropy(classifier(normalized(pixels, spec)), labels[samples].to(device))
         value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteError(
@@ -319,7 +275,7 @@ def finetune(
     indices: NDArray[np.int64],
     test: EvaluationImages,
     config: FinetuneConfig,
-    log: Path,
+    log: Path | None = None,
     *,
     workers: int = 0,
 ) -> FinetuneResult:
@@ -330,7 +286,7 @@ def finetune(
         images, labels: The training split and its classes (N,).
         indices: The images of it that are used.
         test: The test split; it decides nothing but `top1_best`.
-        log: A line for each epoch is written here.
+        log: A line for each epoch is written here, if anywhere.
         workers: Processes that read images ahead.
 
     Raises:
@@ -346,8 +302,10 @@ def finetune(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
     scores: list[float] = []
     started = time.monotonic()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file, Progress() as bar:
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("")
+    with Progress() as bar:
         task = bar.add_task("fine-tune", total=config.epochs)
         for epoch in range(1, config.epochs + 1):
             rates = [group["lr"] for group in optimizer.param_groups]
@@ -369,8 +327,9 @@ def finetune(
                 "loss": float(np.mean(losses)),
                 "test_top1": scores[-1],
             }
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
+            if log is not None:
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line, allow_nan=False) + "\n")
             bar.update(task, completed=epoch)
     best = int(np.argmax(scores))
     return FinetuneResult(
@@ -426,14 +385,18 @@ def run(
     if len(subset.indices) < len(train):
         write_subset(out / SUBSET, subset, train.labels, train.class_names)
     images = load_train_images(config.data, data, cache_folder=cache_folder)
-    tested = load_split(config.data, data, "test", cache_folder=cache_folder)
-    pixels = evaluation_pixels(tested, classifier.encoder.spec.preprocess)
+    tested = EvaluationImages(
+        load_split(config.data, data, "test", cache_folder=cache_folder),
+        classifier.encoder.spec.preprocess,
+        "test",
+    )
+    tested.prepare("bicubic")
     result = finetune(
         classifier,
         images,
         train.labels,
         subset.indices,
-        EvaluationImages(pixels, tested.labels),
+        tested,
         config,
         out / LOG,
         workers=workers,

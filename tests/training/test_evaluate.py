@@ -1,6 +1,8 @@
 """Evaluations against oracles, and the whole way from a run to a model folder."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,65 +10,76 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import functional as F
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import clever_zoo
-from clever_zoo.cards import results_table
-from clever_zoo.errors import CheckpointError, DataError
+from clever_zoo.errors import CheckpointError, DataError, NonFiniteError
 from clever_zoo.golden import check_golden
 from clever_zoo.preprocess import crop_pixels
+from clever_zoo.records import Record
+from clever_zoo.samples import sample_paths
 from clever_zoo.spec import PreprocessSpec
-from tests import oracles
 from training import pretrain, release
 from training.checkpoint import CHECKPOINT
 from training.config import load_recipe
 from training.data import TrainImages, load_fashion_mnist, load_train_images
 from training.evaluate import __main__ as evaluate
-from training.evaluate.knn import TEMPERATURE, knn_accuracy, knn_predict
-from training.evaluate.perturb import circular_mask, draw_angles, perturb
-from training.evaluate.rotation import angle_r2
-from training.evaluate.suite import backbone_features, evaluation_pixels
+from training.evaluate.inputs import (
+    EvaluationImages,
+    embed_images,
+    features_of,
+    load_encoder,
+    parts_of,
+    subject,
+)
+from training.evaluate.perturb import (
+    PERTURBATIONS,
+    circular_mask,
+    draw_angles,
+    draw_jitter,
+    perturb,
+)
 from training.runs import load_run
 
 MINIATURE = ["epochs=1", "batch_size=16", "method.prototypes=64", "method.hidden_dim=64"]
 MINIATURE += ["method.bottleneck_dim=32", "optimizer.warmup_epochs=0.25"]
 
 
-@pytest.mark.parametrize("k", [1, 3, 20])
-def test_knn_matches_the_naive_vote(rng, k: int) -> None:
-    gallery, queries = rng.normal(size=(40, 6)), rng.normal(size=(25, 6))
-    labels = rng.integers(0, 4, 40)
-    expected = [oracles.knn_class(gallery, labels.tolist(), q, k, TEMPERATURE) for q in queries]
-    tensors = [torch.from_numpy(x).float() for x in (gallery, queries)]
-    actual = knn_predict(tensors[0], torch.from_numpy(labels), tensors[1], k=k, classes=4)
-    assert actual.tolist() == expected
-    truth = torch.from_numpy(rng.integers(0, 4, 25))
-    share = float((actual == truth).float().mean() * 100)
-    assert knn_accuracy(
-        tensors[0], torch.from_numpy(labels), tensors[1], truth, k=k
-    ) == pytest.approx(share)
-
-
-def test_angle_r2_is_one_for_the_angle_and_about_zero_for_noise(rng) -> None:
-    degrees = rng.uniform(-90, 90, 3000).astype(np.float32)
-    told = np.stack([np.sin(np.deg2rad(degrees)), np.cos(np.deg2rad(degrees))], 1)
-    told = (told @ rng.normal(size=(2, 7)) + 3).astype(np.float32)
-    noise = rng.normal(size=(3000, 7)).astype(np.float32)
-    for features, low, high in ((told, 0.999, 1), (noise, -0.05, 0.05)):
-        score = angle_r2(features[:2000], degrees[:2000], features[2000:], degrees[2000:])
-        assert low <= score <= high
-
-
 def test_perturbations_are_seeded_per_image(rng) -> None:
     x = torch.from_numpy(rng.integers(0, 256, (6, 3, 32, 32)).astype(np.float32))
     samples = np.arange(6)
-    whole = perturb(x, samples, "cj_r", 0)
-    assert torch.equal(whole[2:4], perturb(x[2:4], samples[2:4], "cj_r", 0))
-    assert not torch.equal(whole, perturb(x, samples, "cj_r", 1))
-    assert torch.equal(perturb(x, samples, "clean", 0), x)
-    assert whole.min() >= 0
-    assert whole.max() <= 255
-    assert torch.equal(whole, whole.round())
+    before = x.clone()
+    for kind, p in PERTURBATIONS.items():
+        whole = perturb(x, samples, kind, 0)
+        assert torch.equal(whole[2:4], perturb(x[2:4], samples[2:4], kind, 0)), kind
+        assert torch.equal(whole, perturb(x, samples, kind, 1)) != p.is_random, kind
+        assert torch.equal(whole, whole.round()), kind
+        assert whole.min() >= 0
+        assert whole.max() <= 255
+    assert torch.equal(perturb(x, samples, "ori", 0), before)
+    assert torch.equal(x, before)
+
+
+def test_perturbations_are_the_published_ones_in_their_order(rng) -> None:
+    """Against torchvision on Pillow images, with the angle and the factors that were drawn."""
+    pictures = [Image.open(path).convert("RGB").resize((64, 64)) for path in sample_paths()[:4]]
+    x = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1).float() for i in pictures])
+    samples = np.arange(4)
+    order, factors = draw_jitter(samples, 3)
+    operations = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    for kind, limit, flip in (("cj", 0, False), ("cj_f", 0, True), ("cj_r180", 180, False)):
+        angles = draw_angles(samples, 3, max_angle_deg=limit)
+        ours = perturb(x, samples, kind, 3)
+        for i, picture in enumerate(pictures):
+            expected = F.hflip(picture) if flip else picture
+            expected = F.rotate(expected, float(angles[i]))
+            for turn in order[i].tolist():
+                expected = operations[turn](expected, float(factors[i, turn]))
+            theirs = torch.from_numpy(np.array(expected)).permute(2, 0, 1).float()
+            assert float((ours[i] - theirs).abs().mean()) <= 0.5, (kind, i)
+    moved = [float((perturb(x, samples, k, 3) - perturb(x, samples, "cj_r", 3)).abs().mean())
+             for k in ("cj_r_e50", "cj_r_e", "cj_r_e150")]  # fmt: skip
+    assert 0 < moved[0] < moved[1] < moved[2]
 
 
 def test_rotation_is_the_drawn_one_and_uniform(rng) -> None:
@@ -94,14 +107,54 @@ def test_the_mask_leaves_no_corner(rng) -> None:
 def test_evaluation_sees_what_the_released_encoder_sees(fashion_mnist_folder: Path) -> None:
     data = load_fashion_mnist(fashion_mnist_folder, "test")
     spec = PreprocessSpec(input_size_px=32, crop_pct=1.0)
-    pixels = evaluation_pixels(data, spec)
+    images = EvaluationImages(data, spec, "test")
     image = Image.fromarray(data.images[7, 0].numpy()).convert("RGB")
-    assert np.array_equal(pixels[7].permute(1, 2, 0).numpy(), crop_pixels(image, 32, 32))
+    seen = images.pixels(7, 8)
+    assert np.array_equal(seen[0].permute(1, 2, 0).numpy(), crop_pixels(image, 32, 32))
+    bilinear = image.resize((32, 32), Image.Resampling.BILINEAR)
+    theirs = images.pixels(7, 8, "bilinear")[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(theirs, np.array(bilinear))
     encoder = clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=8).eval()
     encoder.spec = encoder.spec.model_copy(update={"preprocess": spec})
-    features = backbone_features(encoder.backbone, spec)(pixels[7:8].float())
+    vit = subject(encoder, "model", {}, 153)
     expected = encoder.embed([image]).full
-    np.testing.assert_allclose(features.numpy(), expected, atol=1e-4)
+    np.testing.assert_allclose(features_of(vit)(seen).numpy(), expected, atol=1e-6)
+    images.prepare("bicubic")
+    assert torch.equal(images.pixels(7, 8), seen)
+    four = features_of(vit, 4)(seen)
+    assert four.shape == (1, 4 * 192)
+    np.testing.assert_allclose(four[:, -192:].numpy(), expected, atol=1e-5)
+
+
+def test_parts_of_four_blocks() -> None:
+    """Widths of the authors' evaluation, and ours, which cuts every block."""
+    rows = torch.arange(4 * 192.0)[None]
+    reference = parts_of(rows, 153, blocks=4)
+    assert {k: v.shape[1] for k, v in reference.items()} == {
+        "full": 768, "invariant": 729, "equivariant": 39,
+    }  # fmt: skip
+    ours = parts_of(rows, 153, blocks=4, per_block=True)
+    assert (ours["invariant"].shape[1], ours["equivariant"].shape[1]) == (4 * 153, 4 * 39)
+    assert ours["equivariant"][0, :2].tolist() == [153, 154]
+    assert ours["invariant"][0, 153] == 192
+    assert parts_of(rows, None).keys() == {"full"}
+
+
+def test_broken_features_and_lonely_images_give_no_number(fashion_mnist_folder: Path) -> None:
+    data = load_fashion_mnist(fashion_mnist_folder, "test")
+    spec = PreprocessSpec(input_size_px=32, crop_pct=1.0)
+    images = EvaluationImages(data, spec, "test")
+
+    def broken(pixels: torch.Tensor) -> torch.Tensor:
+        rows = pixels.mean((2, 3))
+        rows[3, 1] = float("nan")
+        return rows
+
+    with pytest.raises(NonFiniteError, match="test image 3 "):
+        embed_images(broken, images)
+    one = EvaluationImages(replace(data, images=data.images[:1], labels=data.labels[:1]), spec, "t")
+    with pytest.raises(DataError, match="needs at least 2"):
+        embed_images(broken, one)
 
 
 @pytest.fixture(scope="module")
@@ -115,92 +168,154 @@ def runs(tmp_path_factory: pytest.TempPathFactory, fashion_mnist_folder: Path) -
     return base
 
 
-@pytest.fixture(scope="module")
-def record(runs: Path, fashion_mnist_folder: Path) -> dict:
+def run_evaluation(*arguments: object) -> Result:
     app = evaluate.typer.Typer()
     app.command()(evaluate.main)
-    out = runs / "clever-resnet18.fmnist/results.json"
-    arguments = [out.parent, "-o", out, "--data", fashion_mnist_folder]
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def record(runs: Path, fashion_mnist_folder: Path) -> Record:
+    out = runs / "clever-resnet18.fmnist"
+    arguments = [out, "--data", fashion_mnist_folder, "--reference-epochs", 1]
     arguments += ["--baseline", runs / "dino-resnet18.fmnist"]
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    result = run_evaluation(*arguments, "--tasks", "knn,linear_cached,linear_reference,finetune")
     assert result.exit_code == 0, result.output
-    return json.loads(out.read_text())
+    assert (out / "report.html").read_text().count("<img") >= 2
+    return Record.read(out / "results.json")
 
 
-def test_the_record_has_every_column_and_part(record: dict) -> None:
-    names = ["clever-resnet18.fmnist", "dino-resnet18.fmnist", "untrained", "pixels"]
-    assert list(record["columns"]) == names
-    assert record["evaluation"].keys() >= {"commit", "hardware", "torch"}
-    for name, column in record["columns"].items():
-        parts = {"full"} if name == "pixels" else {"full", "invariant", "equivariant"}
-        assert column["knn"]["clean"].keys() == column["angle_r2"].keys() == parts
-        for kind in ("r", "cj_r"):
-            assert column["knn"][kind].keys() == parts
-            for score in column["knn"][kind].values():
-                assert 0 <= score["mean"] <= 100
-                assert score["std"] >= 0
+def top1(record: Record, role: str, part: str, perturbation: str = "ori") -> float:
+    name = record.network(role).name
+    return record.find(name, "knn", "top1", part, perturbation=perturbation, at=20.0).mean
+
+
+def test_the_record_has_every_network_protocol_and_part(record: Record) -> None:
+    assert [n.role for n in record.networks] == ["model", "baseline", "untrained", "pixels"]
+    assert all(n.sha256 for n in record.networks[:3])
+    assert record.networks[1].training["images_seen"] == 48
+    assert record.networks[1].training["finished"] is False
+    count = Counter((r.network, r.protocol.task) for r in record.results)
+    for network in record.networks:
+        parts = 1 if network.role == "pixels" else 3
+        assert count[network.name, "knn"] == parts * 3 * 4 * 2
+        assert count[network.name, "linear_cached"] == parts * 11
+        reference = 0 if network.role == "pixels" else parts * 10
+        assert count[network.name, "linear_reference"] == reference
+        assert count[network.name, "finetune_short"] == 2 * (network.role == "model")
+    for row in record.results:
+        assert 0 <= row.mean <= 100
+        assert row.n == 300
+        random = row.protocol.perturbation != "ori"
+        assert len(row.seeds) == (3 if random else row.protocol.task.endswith("_short"))
+    assert record.images == {"train": 300, "test": 300}
     # The gallery and the clean queries are the same pictures, so each query finds itself.
-    assert record["columns"]["pixels"]["knn"]["clean"]["full"] > 60
-    training = record["columns"]["dino-resnet18.fmnist"]["training"]
-    assert training["images_seen"] == 48
-    assert training["finished"] is False
+    assert top1(record, "pixels", "full") > 60
 
 
-def test_the_table_holds_every_figure(record: dict) -> None:
-    table = results_table(record)
-    assert len(table.splitlines()) == 2 + 4 * 3
-    clean = record["columns"]["untrained"]["knn"]["clean"]["invariant"]
-    assert f"{clean:.1f}" in table.splitlines()[3]
+def test_an_evaluation_repeats_to_the_digit_and_brings_a_record_up_to_date(
+    runs: Path, record: Record, fashion_mnist_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "again"
+    record.model_copy(update={"results": record.results[:5]}).write(out / "results.json")
+    common = [runs / "clever-resnet18.fmnist", "--data", fashion_mnist_folder, "-o", out]
+    result = run_evaluation(*common, "--tasks", "knn", "--networks", "model,pixels")
+    assert result.exit_code == 0, result.output
+    again = Record.read(out / "results.json")
+    assert {n.role for n in again.networks} == {"model", "baseline", "untrained", "pixels"}
+    theirs = {r.key: (r.mean, r.std) for r in record.results}
+    rows = [r for r in again.results if r.protocol.task == "knn"]
+    assert len(rows) == 3 * 3 * 4 * 2 + 3 * 4 * 2
+    assert all((r.mean, r.std) == theirs[r.key] for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "knn,magic"], "--tasks 'knn,magic': use a list of knn"),
+        (["--networks", ""], "--networks '': use a list of model"),
+        (["--baseline", "clever-resnet19"], "UnknownModelError"),
+    ],
+)
+def test_mistakes_on_the_command_line(runs: Path, tmp_path, arguments, message) -> None:
+    result = run_evaluation(runs / "clever-resnet18.fmnist", "-o", tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_released_name_needs_a_place_for_its_record() -> None:
+    result = run_evaluation("clever-resnet18")
+    assert result.exit_code == 2
+    assert "--output FOLDER" in result.output
+
+
+def with_row(record: Record, role: str, part: str, perturbation: str, mean: float) -> Record:
+    name = record.network(role).name
+    key = record.find(name, "knn", "top1", part, perturbation=perturbation, at=20.0).key
+    rows = [r.model_copy(update={"mean": mean}) if r.key == key else r for r in record.results]
+    return record.model_copy(update={"results": tuple(rows)})
+
+
+def with_training(record: Record, role: str, **facts: object) -> Record:
+    networks = [
+        n.model_copy(update={"training": n.training | facts}) if n.role == role else n
+        for n in record.networks
+    ]
+    return record.model_copy(update={"networks": tuple(networks)})
 
 
 @pytest.fixture
-def finished(runs: Path, record: dict, monkeypatch: pytest.MonkeyPatch) -> dict:
+def finished(runs: Path, record: Record, monkeypatch: pytest.MonkeyPatch) -> Record:
     """The record as if both runs had ended well at one commit; the run is made to agree."""
-    record = json.loads(json.dumps(record))
-    columns = record["columns"]
-    recipe, teacher, facts = load_run(runs / "clever-resnet18.fmnist")
+    encoder, facts = load_encoder(runs / "clever-resnet18.fmnist")
     facts |= {"finished": True, "commit": "0123456789" * 4}
-    for name in (recipe.name, recipe.name.replace("clever-", "dino-")):
-        columns[name]["training"] |= facts | {"recipe": name}
-    columns[recipe.name]["knn"]["cj_r"]["invariant"]["mean"] = 60.0
-    columns["untrained"]["knn"]["cj_r"]["invariant"]["mean"] = 45.0
-    columns["pixels"]["knn"]["cj_r"]["full"]["mean"] = 35.0
-    monkeypatch.setattr(release, "load_run", lambda _: (recipe, teacher, facts))
-    return record
+    monkeypatch.setattr(release, "load_encoder", lambda _: (encoder, facts))
+    for role in ("model", "baseline"):
+        record = with_training(record, role, **facts)
+    record = with_row(record, "model", "invariant", "cj_r", 60.0)
+    record = with_row(record, "untrained", "invariant", "cj_r", 45.0)
+    return with_row(record, "pixels", "full", "cj_r", 35.0)
 
 
-def test_an_unfinished_run_is_not_released(runs: Path, record: dict, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_not_released(runs: Path, record: Record, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="stopped after 3 steps"):
         release.release(runs / "clever-resnet18.fmnist", record, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_gate(finished: dict) -> None:
-    columns = finished["columns"]
-    ours, baseline, untrained, pixels = columns.values()
+def test_the_gate(finished: Record) -> None:
     assert release.gate_problems(finished) == []
-    untrained["knn"]["cj_r"]["invariant"]["mean"] = 45.1
-    assert "above the untrained network: 60.10" in release.gate_problems(finished)[0]
-    pixels["knn"]["cj_r"]["full"]["mean"] = 35.1
-    baseline["training"]["steps"] = 2
-    ours["training"] |= {"device": "cuda", "commit": "abc+changes"}
-    ours["knn"]["clean"]["invariant"] = pixels["knn"]["clean"]["full"] - 1
-    assert len(release.gate_problems(finished)) == 5
+    worse = with_row(finished, "untrained", "invariant", "cj_r", 45.1)
+    assert "above the untrained network: 60.10" in release.gate_problems(worse)[0]
+    worse = with_row(worse, "pixels", "full", "cj_r", 35.1)
+    worse = with_training(worse, "baseline", steps=2)
+    worse = with_training(worse, "model", device="cuda", commit="abc+changes")
+    worse = with_row(worse, "model", "invariant", "ori", top1(worse, "pixels", "full") - 1)
+    assert len(release.gate_problems(worse)) == 5
+    unmeasured = finished.model_copy(update={"results": ()})
+    assert "k-NN nan is not" in release.gate_problems(unmeasured)[0]
+    alone = finished.model_copy(update={"networks": finished.networks[:1]})
+    assert "no baseline, no untrained, no pixels" in release.gate_problems(alone)[0]
 
 
-def test_a_stale_record_is_refused(runs: Path, finished: dict, tmp_path: Path) -> None:
-    finished["columns"][finished["model"]]["training"]["seconds"] += 60
-    with pytest.raises(DataError, match="another state of the run"):
-        release.release(runs / "clever-resnet18.fmnist", finished, tmp_path)
+def test_a_record_of_other_weights_is_refused(runs: Path, finished: Record, tmp_path) -> None:
+    networks = (finished.networks[0].model_copy(update={"sha256": "0" * 64}),)
+    other = finished.model_copy(update={"networks": networks + finished.networks[1:]})
+    with pytest.raises(DataError, match="of other weights than the run's"):
+        release.release(runs / "clever-resnet18.fmnist", other, tmp_path)
 
 
-def test_a_released_folder_is_complete_and_true(runs: Path, finished: dict, tmp_path: Path) -> None:
+def test_a_released_folder_is_complete_and_true(
+    runs: Path, finished: Record, tmp_path: Path
+) -> None:
     spec = release.release(runs / "clever-resnet18.fmnist", finished, tmp_path)
     names = {"README.md", "config.json", "golden.json", "model.safetensors", "results.json"}
     assert {p.name for p in tmp_path.iterdir()} == names
     encoder = clever_zoo.from_pretrained(tmp_path)
     assert encoder.spec == spec
     assert check_golden(tmp_path) < 1e-5
+    assert spec.weights.sha256 == finished.network("model").sha256
     _, teacher, facts = load_run(runs / "clever-resnet18.fmnist")
     stored, trained = encoder.backbone.state_dict(), teacher.state_dict()
     assert torch.allclose(stored["conv1.weight"], trained["conv1.weight"], atol=1e-3)
@@ -210,7 +325,7 @@ def test_a_released_folder_is_complete_and_true(runs: Path, finished: dict, tmp_
         assert text in card
 
 
-def test_altered_golden_values_are_found(runs: Path, finished: dict, tmp_path: Path) -> None:
+def test_altered_golden_values_are_found(runs: Path, finished: Record, tmp_path: Path) -> None:
     release.release(runs / "clever-resnet18.fmnist", finished, tmp_path)
     path = tmp_path / "golden.json"
     golden = json.loads(path.read_text())
@@ -229,8 +344,6 @@ def test_altered_golden_values_are_found(runs: Path, finished: dict, tmp_path: P
 
 
 def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
-    from clever_zoo.samples import sample_paths
-
     for split, names in (("train", "abc"), ("test", "ac")):
         for name in names:
             (tmp_path / "data" / split / name).mkdir(parents=True)
@@ -242,7 +355,7 @@ def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
     train = load_train_images(recipe.data, tmp_path / "data")
     pretrain.train(recipe, train, tmp_path / "run", stop_at_step=1)
     with pytest.raises(DataError, match="classes of train are missing: b"):
-        evaluate.evaluate_run(tmp_path / "run", None, tmp_path / "data", "cpu")
+        evaluate.evaluate(str(tmp_path / "run"), data=tmp_path / "data")
 
 
 def test_folders_without_a_run_are_checkpoint_errors(runs: Path, tmp_path: Path) -> None:

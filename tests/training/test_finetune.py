@@ -17,7 +17,7 @@ from clever_zoo.errors import DataError, NonFiniteError, RecipeError
 from clever_zoo.samples import sample_class, sample_paths
 from training import finetune
 from training.config import DataConfig
-from training.data import ImageSet, TrainImages, load_split
+from training.data import ImageSet, TrainImages, check_classes, load_split
 from training.subset import draw_subset, read_subset, write_subset
 
 NAMES = ("bag", "sandal", "trouser")
@@ -152,7 +152,7 @@ def image_set(labels: list[int], names=NAMES) -> ImageSet:
 )
 def test_data_on_which_a_number_means_nothing_is_refused(train, test, message) -> None:
     with pytest.raises(DataError, match=message):
-        finetune.check_classes(train, test)
+        check_classes(train, test)
 
 
 def test_an_epoch_takes_every_image_once_and_no_batch_of_one() -> None:
@@ -315,7 +315,7 @@ def test_test_images_go_through_the_encoders_own_transform(photos) -> None:
     classifier = create_classifier("clever-resnet18", 3, class_names=NAMES)
     data = load_split(DataConfig(dataset="image-folder", image_size_px=28), photos, "test")
     spec = classifier.encoder.spec.preprocess
-    test = finetune.EvaluationImages(finetune.evaluation_pixels(data, spec), data.labels)
+    test = finetune.EvaluationImages(data, spec, "test")
     paths = sorted((photos / "test").rglob("*.png"))
     correct = classifier.predict(paths).classes == data.labels.numpy()
     assert finetune.top1(classifier, test) == pytest.approx(100 * correct.mean())

@@ -5,6 +5,8 @@
 
 from pathlib import Path
 
+import torch
+
 from clever_zoo.errors import DataError
 from training.config import DataConfig
 from training.data.fashion_mnist import DEBIAN_FASHION_MNIST, load_fashion_mnist
@@ -17,6 +19,8 @@ from training.data.sources import (
     HuggingFaceSource,
     ImageSource,
     Split,
+    data_error,
+    some,
 )
 from training.data.transfer import LAYOUTS, open_transfer
 
@@ -29,6 +33,7 @@ __all__ = [
     "StreamedImages",
     "TrainImages",
     "cached",
+    "check_classes",
     "load_fashion_mnist",
     "load_split",
     "load_train_images",
@@ -110,6 +115,34 @@ def load_train_images(
             description="decode train",
         )
     )
+
+
+def check_classes(train: ImageSet | ImageSource, test: ImageSet | ImageSource) -> None:
+    """Refuse data on which an accuracy would mean nothing.
+
+    Raises:
+        DataError: For a class that has no image in one of the splits, other classes in test
+            than in train, fewer than two classes or two training images; lists all.
+    """
+    names = train.class_names
+    problems = []
+    if only := [name for name in names if name not in test.class_names]:
+        problems.append(f"{len(only)} classes of train are not in test: {some(only)}")
+    if only := [name for name in test.class_names if name not in names]:
+        problems.append(f"{len(only)} classes of test are not in train: {some(only)}")
+    if not problems and names != test.class_names:
+        problems.append("train and test number their classes differently")
+    if len(names) < 2:
+        problems.append(f"{len(names)} class ({some(names)}); a classifier needs at least 2")
+    if len(train) < 2:
+        problems.append(f"{len(train)} training image; at least 2 are needed")
+    for split, images in (("train", train), ("test", test)):
+        counts = torch.bincount(images.labels, minlength=len(images.class_names)).tolist()
+        empty = [n for n, c in zip(images.class_names, counts, strict=True) if not c]
+        if empty:
+            problems.append(f"{len(empty)} classes without an image in {split}: {some(empty)}")
+    if problems:
+        raise data_error("the data set cannot be used", problems)
 
 
 def open_source(

@@ -17,7 +17,7 @@ from clever_zoo.errors import CleverZooError, DataError
 from clever_zoo.records import RESULTS_FILENAME, Environment, Record, Role
 from training.checkpoint import CHECKPOINT
 from training.config import DataConfig, load_recipe
-from training.data import load_split
+from training.data import check_classes, load_split
 from training.evaluate.inputs import (
     PIXELS,
     EvaluationImages,
@@ -71,11 +71,7 @@ def evaluate(
         EvaluationImages(load_split(config, data, split), encoder.spec.preprocess, split)
         for split in ("train", "test")
     )
-    if train.data.class_names != test.data.class_names:
-        raise DataError(
-            f"the classes of both splits must be the same: train has {train.data.class_names}, "
-            f"test {test.data.class_names}"
-        )
+    check_classes(train.data, test.data)
     cut = encoder.spec.invariant_dim
     subjects = [subject(encoder, "model", training, cut)]
     if baseline is not None:

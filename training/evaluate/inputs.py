@@ -175,6 +175,12 @@ class EvaluationImages:
             yield self.pixels(start, stop, interpolation), np.arange(start, stop)
 
 
+def normalized(pixels: Tensor, spec: PreprocessSpec) -> Tensor:
+    """(B, 3, H, W) of 0..255 -> normalised floats, as encoders and classifiers take them."""
+    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (spec.mean, spec.std))
+    return (pixels.float() / 255 - mean) / std
+
+
 def features_of(subject: Subject, blocks: int = 1) -> Features:
     """Features of byte-valued pixels: (B, 3, s, s) float 0..255 -> (B, blocks * D), on the CPU.
 
@@ -186,12 +192,11 @@ def features_of(subject: Subject, blocks: int = 1) -> Features:
     encoder = subject.encoder
     if encoder is None:
         return lambda pixels: pixels.flatten(1) / 255
-    spec = encoder.spec.preprocess
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (spec.mean, spec.std))
 
     def features(pixels: Tensor) -> Tensor:
         with evaluating(encoder), torch.inference_mode():
-            x = ((pixels - mean) / std).to(next(encoder.parameters()).device)
+            device = next(encoder.parameters()).device
+            x = normalized(pixels.to(device), encoder.spec.preprocess)
             if blocks == 1:
                 return encoder.backbone(x).float().cpu()
             tokens = encoder.features(x, last=blocks)

@@ -1,37 +1,67 @@
 """Weighted k-nearest-neighbour classification, the protocol of DINO."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clever_zoo.errors import DataError
+from training.evaluate.scores import check_labels, top_k
+
 TEMPERATURE = 0.07
+_CHUNK_ROWS = 1000
+
+
+def knn_scores(
+    gallery: Tensor, gallery_labels: Tensor, queries: Tensor, *, ks: Sequence[int], classes: int
+) -> dict[int, Tensor]:
+    """Votes of the k nearest gallery rows for each class, for several k at once.
+
+    Cosine similarity; a neighbour votes with weight ``exp(similarity / 0.07)``.
+
+    Shapes: gallery (N, D), gallery_labels (N,) int64, queries (M, D) -> k: (M, classes).
+
+    Raises:
+        DataError: If a k is not in 1..N or a label not in 0..classes-1.
+
+    Source: Caron et al. 2021, ``eval_knn.py``.
+    """
+    if not ks or min(ks) < 1 or max(ks) > len(gallery):
+        raise DataError(
+            f"k is {', '.join(map(str, ks))}, but the gallery has {len(gallery)} images; "
+            f"use one or more k in 1..{len(gallery)}, or more images"
+        )
+    check_labels(gallery_labels, classes)
+    columns = F.normalize(gallery, dim=1).T
+    chunks = [
+        _votes(chunk @ columns, gallery_labels, ks, classes)
+        for chunk in F.normalize(queries, dim=1).split(_CHUNK_ROWS)
+    ]
+    return {k: torch.cat([votes[k] for votes in chunks]) for k in ks}
+
+
+def _votes(
+    similarity: Tensor, labels: Tensor, ks: Sequence[int], classes: int
+) -> dict[int, Tensor]:
+    """Votes (B, classes) for each k from similarities (B, N)."""
+    nearest, neighbor = similarity.topk(max(ks), dim=1)
+    weight, voted = (nearest / TEMPERATURE).exp(), labels[neighbor]
+    empty = weight.new_zeros(len(weight), classes)
+    return {k: empty.scatter_add(1, voted[:, :k], weight[:, :k]) for k in ks}
 
 
 def knn_predict(
     gallery: Tensor, gallery_labels: Tensor, queries: Tensor, *, k: int, classes: int
 ) -> Tensor:
-    """Class of each query by the votes of its k nearest gallery rows.
-
-    Cosine similarity; a neighbour votes with weight ``exp(similarity / 0.07)``.
-
-    Shapes: gallery (N, D), gallery_labels (N,), queries (M, D) -> (M,) int64.
-
-    Source: Caron et al. 2021, ``eval_knn.py``.
-    """
-    gallery = F.normalize(gallery, dim=1).T
-    predictions = []
-    for chunk in F.normalize(queries, dim=1).split(1000):
-        similarity, neighbor = (chunk @ gallery).topk(k, dim=1)
-        votes = torch.zeros(len(chunk), classes, device=chunk.device)
-        votes.scatter_add_(1, gallery_labels[neighbor], (similarity / TEMPERATURE).exp())
-        predictions.append(votes.argmax(1))
-    return torch.cat(predictions)
+    """Class (M,) int64 of each query: the one with the most votes; see `knn_scores`."""
+    return knn_scores(gallery, gallery_labels, queries, ks=(k,), classes=classes)[k].argmax(1)
 
 
 def knn_accuracy(
     gallery: Tensor, gallery_labels: Tensor, queries: Tensor, query_labels: Tensor, *, k: int = 20
 ) -> float:
-    """Top-1 accuracy in percent; see `knn_predict`."""
-    classes = int(gallery_labels.max()) + 1
-    predicted = knn_predict(gallery, gallery_labels, queries, k=k, classes=classes)
-    return float((predicted == query_labels).float().mean() * 100)
+    """Top-1 accuracy in percent; see `knn_scores`."""
+    classes = int(torch.cat([gallery_labels, query_labels]).max()) + 1
+    votes = knn_scores(gallery, gallery_labels, queries, ks=(k,), classes=classes)
+    return top_k(votes[k], query_labels, 1)

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from rich.progress import track
 from torch import Tensor
 
+from clever_zoo.classifier import create_classifier
 from clever_zoo.embedding import Part
 from clever_zoo.records import Interpolation, Protocol, Result
+from training.data import TrainImages
 from training.evaluate import equivariance, linear
 from training.evaluate.inputs import (
     EvaluationImages,
@@ -23,8 +26,9 @@ from training.evaluate.inputs import (
 from training.evaluate.knn import TEMPERATURE, knn_scores
 from training.evaluate.linear import fit_cached, fit_reference, top_k
 from training.evaluate.perturb import PERTURBATIONS
+from training.finetune import finetune, load_config
 
-Task = Literal["knn", "linear_cached", "linear_reference", "equivariance"]
+Task = Literal["knn", "linear_cached", "linear_reference", "equivariance", "finetune"]
 
 NEIGHBORS = (10, 20, 100, 200)
 SEEDS = (0, 1, 2)
@@ -48,6 +52,11 @@ TASKS: Mapping[str, str] = {
         "chosen on the test images"
     ),
     **equivariance.TASKS,
+    "frozen_short": (
+        "the linear head alone, trained on random crops and flips with the preset 'short' of "
+        "training.finetune; 'best' is the best epoch, chosen on the test images"
+    ),
+    "finetune_short": ("head and encoder together, else as frozen_short"),
 }
 
 
@@ -163,6 +172,9 @@ def evaluate_subject(
                 seed=reference_seed,
                 label=label,
             )
+    if "finetune" in tasks and subject.network.role == "model":
+        for task, freeze in (("frozen_short", True), ("finetune_short", False)):
+            _finetune(rows, subject, train, test, task, freeze=freeze)
     if "equivariance" in tasks:
         readings = equivariance.measure(
             features_of(subject), subject.cut, train, test, description=label
@@ -319,3 +331,30 @@ def _reference_probe(
             top1 = linear.top_k(fitted[name].probe.scores(named[name](raw)), test.labels, 1)
             add = _adder(rows, recipe, condition, part, len(test))
             add("linear_reference", "top1_last", top1, seconds=embed_s)
+
+
+def _finetune(
+    rows: Rows,
+    subject: Subject,
+    train: EvaluationImages,
+    test: EvaluationImages,
+    task: str,
+    *,
+    freeze: bool,
+) -> None:
+    assert subject.encoder is not None
+    config = load_config("short", "fake", [f"freeze={str(freeze).lower()}"])
+    torch.manual_seed(config.seed)
+    classifier = create_classifier(
+        subject.encoder,
+        len(train.data.class_names),
+        freeze_encoder=freeze,
+        class_names=train.data.class_names,
+    )
+    result = finetune(
+        classifier, TrainImages(train.data), train.labels, np.arange(len(train)), test, config
+    )
+    for metric in ("top1_last", "top1_best"):
+        value = getattr(result, metric)
+        protocol = Protocol(task=task)
+        rows.add(protocol, "full", metric, value, n=len(test), seeds=(0,), seconds=result.seconds)
