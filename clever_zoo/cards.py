@@ -33,6 +33,8 @@ _TASK_LABELS = _CLASSIFYING | {
     "rotation4": "quarter turns",
     "jitter": "colour jitter",
     "angle": "rotation angle",
+    "frozen_short": "head alone, preset short",
+    "finetune_short": "head and encoder, preset short",
 }
 _METRIC_LABELS = {
     "top1": "top-1 (%)",
@@ -150,7 +152,7 @@ def metric_cell(result: Result | None) -> str:
     if result is None:
         return ""
     decimals = decimals_of(result.metric)
-    text = f"{result.mean:.{decimals}f}"
+    text = f"{result.mean:z.{decimals}f}"
     return f"{text} ± {result.std:.{decimals}f}" if len(result.seeds) > 1 else text
 
 
@@ -291,7 +293,7 @@ def _folded(summary: str, text: str) -> str:
 
 
 def _results_section(spec: ModelSpec, record: Record) -> str:
-    fine_tuned = [m for m in every_metric(record) if m.task.startswith("finetune_")]
+    fine_tuned = [m for m in every_metric(record) if m.task.startswith(("finetune_", "frozen_"))]
     definitions = [*_definitions(record.tasks), *_definitions(record.perturbations)]
     paragraphs = [
         f"On {record.dataset}, {record.images['test']:,} test images; means{_seeds(record)}. One "

@@ -102,6 +102,10 @@ def rendered_files(root: Path = CHECKOUT) -> dict[Path, str]:
         for name, record in records.items()
     }
     sections = [_readme_section(name, record) for name, record in records.items()]
+    sections.append(
+        "CLeVER against DINO row by row, beside the paper's published table: "
+        f"[{COMPARISON}]({COMPARISON})."
+    )
     files[readme] = _filled(readme, {"results": "\n\n".join(sections)})
     files[training_readme] = _filled(
         training_readme, {"trials": trials_table(root), "bench": bench_tables(root)}
@@ -270,8 +274,7 @@ def _compared(backbone: str, record: Record) -> str:
 
 
 def _gap(value: float, decimals: int = 1) -> str:
-    text = f"{value:+.{decimals}f}"
-    return text if float(text) else text[1:]
+    return f"{value:+z.{decimals}f}"
 
 
 def _published_section(published: Mapping[str, Any]) -> str:
