@@ -27,12 +27,10 @@ from training.evaluate.inputs import (
     untrained,
 )
 from training.evaluate.perturb import PERTURBATIONS
-from training.evaluate.report import write_page
 from training.evaluate.suite import TASKS, Task, evaluate_subject
 from training.provenance import environment
 from training.runs import load_run
 
-REPORT = "report.html"
 ROLES: tuple[Role, ...] = get_args(Role)
 TASK_GROUPS: tuple[Task, ...] = get_args(Task)
 
@@ -204,10 +202,9 @@ def main(
         if path.exists():
             record = Record.read(path).updated(record)
         record.write(path)
-        write_page(record, folder / REPORT)
     except (CleverZooError, OSError) as error:
         fail(error)
-    typer.echo(f"wrote {path} ({len(record.results)} figures) and {folder / REPORT}")
+    typer.echo(f"wrote {path} ({len(record.results)} figures)")
 
 
 if __name__ == "__main__":
