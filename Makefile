@@ -25,8 +25,8 @@ format: $(READY)
 
 setup: $(READY)  ## the environment with all extras
 
-tables: $(READY)  ## write the tables of README and model cards from the records
-	$(BIN)/python -m training.tables
+tables: $(READY)  ## write cards, figures, READMEs' tables and the comparison from the records
+	$(BIN)/python -m training.evaluate.report
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv

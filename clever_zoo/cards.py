@@ -1,18 +1,12 @@
-"""Model cards and results tables, written from a model's spec and its results record."""
+"""Model cards, results tables and findings, written from a model's spec and its results record."""
 
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, get_args
 
+from clever_zoo.embedding import Part
+from clever_zoo.records import PARTS, Interpolation, Network, Record, Result, Role
 from clever_zoo.spec import ModelSpec
 
-Record = dict[str, Any]
-
-PARTS = ("full", "invariant", "equivariant")
-METRICS = {
-    "clean": "k-NN, clean (%)",
-    "r": "k-NN, rotated ±90° (%)",
-    "cj_r": "k-NN, CJ+R (%)",
-    "angle_r2": "angle R²",
-}
 DATASETS = {
     "fashion-mnist": (
         "Fashion-MNIST: 60,000 grey product photographs of 28x28 pixels in ten classes (MIT)",
@@ -22,61 +16,307 @@ DATASETS = {
         "28-pixel product photographs of ten classes are all it has ever seen",
     )
 }
+# Name of a figure beside the card -> what its caption says.
+FIGURES = {
+    "perturbed": "Top-1 by perturbation of the test images and part, with the controls",
+    "drift": "How far a rotation moves the features, relative to their length",
+}
+ROLES: tuple[Role, ...] = get_args(Role)
+
+_DECIMALS = {"r2": 2, "ratio": 3}
+_CLASSIFYING = {
+    "knn": "k-NN",
+    "linear_cached": "linear probe",
+    "linear_reference": "published probe",
+}
+_TASK_LABELS = _CLASSIFYING | {
+    "rotation4": "quarter turns",
+    "jitter": "colour jitter",
+    "angle": "rotation angle",
+    "frozen_short": "head alone, preset short",
+    "finetune_short": "head and encoder, preset short",
+}
+_METRIC_LABELS = {
+    "top1": "top-1 (%)",
+    "top5": "top-5 (%)",
+    "top1_last": "top-1 (%)",
+    "top1_best": "top-1 (%) of the best epoch on the test images",
+    "r2": "R²",
+    "mae_deg": "mean error (°)",
+}
 
 
-def metric_cell(column: Record, metric: str, part: str) -> str:
-    """One value of a results record as text; empty if the column has no such part."""
-    values = column["angle_r2"] if metric == "angle_r2" else column["knn"][metric]
-    value = values.get(part)
-    if value is None:
+class Metric(NamedTuple):
+    """One row of a table: its label, and the key of its numbers but for network and part."""
+
+    label: str
+    task: str
+    metric: str
+    perturbation: str = "ori"
+    at: float | None = None
+    interpolation: Interpolation = "bicubic"
+    features: str = "last1"
+
+
+class Column(NamedTuple):
+    """One column of a table: a network of a record."""
+
+    heading: str
+    record: Record
+    network: str
+    role: Role
+
+    def find(self, metric: Metric, part: Part) -> Result | None:
+        """Its number in a row, None if it was not measured."""
+        return self.record.find(
+            self.network,
+            metric.task,
+            metric.metric,
+            part,
+            perturbation=metric.perturbation,
+            interpolation=metric.interpolation,
+            features=metric.features,
+            at=metric.at,
+        )
+
+
+METRICS = (
+    Metric("k-NN, clean (%)", "knn", "top1", "ori", 20.0),
+    Metric("k-NN, rotated ±90° (%)", "knn", "top1", "r", 20.0),
+    Metric("k-NN, CJ+R (%)", "knn", "top1", "cj_r", 20.0),
+    Metric("linear probe, clean (%)", "linear_cached", "top1_last"),
+    Metric("linear probe, CJ+R (%)", "linear_cached", "top1_last", "cj_r"),
+    Metric("angle R²", "angle", "r2"),
+)
+# How an image was seen, as far as it can be read from its features; more is better in each.
+READINGS = (
+    Metric("angle R²", "angle", "r2"),
+    Metric("relative angle of two views R²", "relative_angle", "r2"),
+    Metric("quarter turns (%, chance 25)", "rotation4", "top1"),
+    Metric("crop: scale R²", "crop", "r2_scale"),
+    Metric("crop: x R²", "crop", "r2_x"),
+    Metric("crop: y R²", "crop", "r2_y"),
+    Metric("flip (%, chance 50)", "flip", "top1"),
+    Metric("jitter: brightness R²", "jitter", "r2_brightness"),
+    Metric("jitter: contrast R²", "jitter", "r2_contrast"),
+    Metric("jitter: saturation R²", "jitter", "r2_saturation"),
+    Metric("jitter: hue R²", "jitter", "r2_hue"),
+)
+ERRORS = (
+    Metric("angle, mean error (°)", "angle", "mae_deg"),
+    Metric("relative angle, mean error (°)", "relative_angle", "mae_deg"),
+)
+
+
+def columns_of(record: Record) -> list[Column]:
+    """The networks of a record: model, baseline, untrained network, raw pixels."""
+    ordered = sorted(record.networks, key=lambda network: ROLES.index(network.role))
+    return [Column(n.name, record, n.name, n.role) for n in ordered]
+
+
+def every_metric(record: Record) -> tuple[Metric, ...]:
+    """A row for everything that the record holds, in its order, with a full label."""
+    found: dict[Metric, None] = {}
+    for row in record.results:
+        p = row.protocol
+        label = _label(record, row)
+        key = (p.task, row.metric, p.perturbation, row.at, p.interpolation, p.features)
+        found.setdefault(Metric(label, *key))
+    return tuple(found)
+
+
+def _label(record: Record, row: Result) -> str:
+    p = row.protocol
+    words = [_TASK_LABELS.get(p.task, p.task.replace("_", " "))]
+    if p.features != "last1":
+        words.append(p.features)
+    if row.at is not None:
+        words.append(f"k = {row.at:g}" if p.task == "knn" else f"at {row.at:g}")
+    if p.task in _CLASSIFYING or p.perturbation != "ori":
+        words.append(record.perturbations[p.perturbation].split(":")[0])
+    if p.interpolation != "bicubic":
+        words.append(p.interpolation)
+    kind, _, of = row.metric.partition("_")
+    known = _METRIC_LABELS.get(row.metric)
+    words.append(known or f"{_METRIC_LABELS.get(kind, kind)} {of.replace('_', ' ')}".strip())
+    return ", ".join(words)
+
+
+def decimals_of(metric: str) -> int:
+    """Decimals that a number of this metric is shown with."""
+    return _DECIMALS.get(metric.partition("_")[0], 1)
+
+
+def metric_cell(result: Result | None) -> str:
+    """A number as text, with its deviation where several seeds stand behind it."""
+    if result is None:
         return ""
-    if isinstance(value, dict):
-        return f"{value['mean']:.1f} ± {value['std']:.1f}"
-    return f"{value:.2f}" if metric == "angle_r2" else f"{value:.1f}"
+    decimals = decimals_of(result.metric)
+    text = f"{result.mean:z.{decimals}f}"
+    return f"{text} ± {result.std:.{decimals}f}" if len(result.seeds) > 1 else text
 
 
-def results_table(record: Record) -> str:
-    """A Markdown table of every metric and part, one column per network and control."""
-    columns = record["columns"]
-    lines = [
-        f"| metric | part | {' | '.join(columns)} |",
-        f"|---|---|{'---:|' * len(columns)}",
-    ]
-    for metric, label in METRICS.items():
+def table_rows(columns: Sequence[Column], rows: Iterable[Metric]) -> list[list[str]]:
+    """Cells of a table, the head first; rows without any value are left out."""
+    cells = [["metric", "part", *(column.heading for column in columns)]]
+    for metric in rows:
         for part in PARTS:
-            cells = [metric_cell(column, metric, part) for column in columns.values()]
-            lines.append(f"| {label} | {part} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            values = [metric_cell(column.find(metric, part)) for column in columns]
+            if any(values):
+                cells.append([metric.label, part, *values])
+    return cells
 
 
-def _findings(record: Record) -> list[str]:
-    columns = record["columns"]
+def markdown_table(cells: Sequence[Sequence[str]], *, texts: int = 2) -> str:
+    """A Markdown table; the columns after the first `texts` are aligned to the right."""
+    head, *body = cells
+    rule = "|" + "---|" * texts + "---:|" * (len(head) - texts)
+    return "\n".join([_line(head), rule, *(_line(row) for row in body)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def results_table(record: Record, rows: Iterable[Metric] = METRICS) -> str:
+    """A Markdown table of metrics and parts, one column per network and control."""
+    return markdown_table(table_rows(columns_of(record), rows))
+
+
+_CUTS: dict[Role, str] = {
+    "baseline": "the same cut of the baseline",
+    "untrained": "that of the untrained network",
+}
+
+
+def findings(record: Record) -> list[str]:
+    """What was measured of each half in sentences, whether or not it fits the half's name."""
+    columns = {column.role: column for column in columns_of(record)}
+    if "model" not in columns:
+        return []
+    classes = [metric for metric in METRICS if metric.task in _CLASSIFYING]
+    under_cj_r = [metric for metric in classes if metric.perturbation == "cj_r"]
+    sentences = [_sentence(columns, m, "invariant", "equivariant") for m in under_cj_r]
+    sentences += [_sentence(columns, m, "equivariant", "invariant") for m in READINGS[:3]]
+    sentences.append(_count(columns, classes, "invariant", "equivariant", "class accuracies"))
+    topic = "readings of how a picture was seen"
+    sentences.append(_count(columns, READINGS, "equivariant", "invariant", topic))
+    return [sentence for sentence in sentences if sentence]
+
+
+def _sentence(columns: Mapping[Role, Column], metric: Metric, half: Part, other: Part) -> str:
+    """A number of both halves of the model, each beside the same cuts of the controls."""
+    clauses = []
+    for part in (half, other):
+        named: dict[Role, str] = {"model": f"the {part} half", **_CUTS}
+        cuts = [
+            f"{words} {metric_cell(found)}"
+            for role, words in named.items()
+            if role in columns and (found := columns[role].find(metric, part))
+        ]
+        clauses.append(", ".join(cuts))
+    return f"{metric.label}: {'; '.join(clauses)}." if all(clauses) else ""
+
+
+def _count(
+    columns: Mapping[Role, Column], metrics: Sequence[Metric], half: Part, other: Part, topic: str
+) -> str:
+    """In how many numbers a half of the model is above its other half and the controls."""
+    rivals = {f"the {other} half": (columns["model"], other)} | {
+        words: (columns[role], half) for role, words in _CUTS.items() if role in columns
+    }
+    counts = []
+    for words, (column, part) in rivals.items():
+        pairs = [
+            (own.mean, rival.mean)
+            for metric in metrics
+            if (own := columns["model"].find(metric, half)) and (rival := column.find(metric, part))
+        ]
+        if pairs:
+            counts.append(f"{words} in {sum(a > b for a, b in pairs)} of {len(pairs)}")
+    return f"Of the {topic}, the {half} half is above {', '.join(counts)}." if counts else ""
+
+
+def card_figures(record: Record) -> dict[str, str]:
+    """Name -> caption of the figures that the record has numbers for."""
+    measured = {row.protocol.task for row in record.results}
+    drawn = {"perturbed": {"knn", "linear_cached"}, "drift": {"drift"}}
+    return {name: FIGURES[name] for name, tasks in drawn.items() if tasks & measured}
+
+
+def _figures(record: Record) -> str:
+    return "\n\n".join(
+        f"![{caption}](figures/{name}.svg)" for name, caption in card_figures(record).items()
+    )
+
+
+def measured_lines(record: Record) -> list[str]:
+    """Each environment with the tasks that were measured there."""
     lines = []
-    for name, column in columns.items():
-        if name != "pixels":
-            angle = column["angle_r2"]
-            lines.append(
-                f"- `{name}`: the angle is read with R² {angle['invariant']:.2f} from the "
-                f"invariant and {angle['equivariant']:.2f} from the equivariant half; k-NN under "
-                f"rotation and jitter reaches {column['knn']['cj_r']['invariant']['mean']:.1f} % "
-                f"and {column['knn']['cj_r']['equivariant']['mean']:.1f} %."
-            )
+    for index, e in enumerate(record.environments):
+        tasks = {row.protocol.task: None for row in record.results if row.environment == index}
+        lines.append(
+            f"- {', '.join(tasks)}: {e.hardware}, torch {e.torch}, Python {e.python}, commit "
+            f"`{e.commit[:12]}`."
+        )
     return lines
 
 
-def _training_lines(columns: Record) -> list[str]:
-    lines = []
-    for name, column in columns.items():
-        facts = column.get("training", {})
-        if "recipe" in facts:
-            lines.append(
-                f"- `{name}`: recipe `training/recipes/{facts['recipe']}.toml`, seed "
-                f"{facts['seed']}, {facts['epochs']} epochs = {facts['images_seen']:,} images in "
-                f"{facts['seconds'] / 60:.0f} minutes ({facts['images_per_s']:.0f} images/s) on "
-                f"{facts['hardware']}, torch {facts['torch']}, commit `{facts['commit'][:12]}`"
-                f"{'; ' + facts['note'] if 'note' in facts else ''}."
-            )
-    return lines
+def _seeds(record: Record) -> str:
+    seeds = sorted({seed for row in record.results if len(row.seeds) > 1 for seed in row.seeds})
+    if not seeds:
+        return ""
+    return f" and, after ±, population standard deviation over seeds {', '.join(map(str, seeds))}"
+
+
+def _training_line(network: Network) -> str:
+    facts = network.training
+    return (
+        f"- `{network.name}`: recipe `training/recipes/{facts['recipe']}.toml`, seed "
+        f"{facts['seed']}, {facts['epochs']} epochs = {facts['images_seen']:,} images in "
+        f"{facts['seconds'] / 60:.0f} minutes ({facts['images_per_s']:.0f} images/s) on "
+        f"{facts['hardware']}, torch {facts['torch']}, commit `{facts['commit'][:12]}`"
+        f"{'; ' + facts['note'] if 'note' in facts else ''}."
+    )
+
+
+def _digest_lines(record: Record) -> list[str]:
+    return [f"- `{n.name}`: sha256 `{n.sha256}`." for n in record.networks if n.sha256]
+
+
+def _definitions(definitions: Mapping[str, str]) -> list[str]:
+    return [f"- `{name}`: {text}." for name, text in definitions.items()]
+
+
+def _folded(summary: str, text: str) -> str:
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
+
+
+def _results_section(spec: ModelSpec, record: Record) -> str:
+    fine_tuned = [m for m in every_metric(record) if m.task.startswith(("finetune_", "frozen_"))]
+    definitions = [*_definitions(record.tasks), *_definitions(record.perturbations)]
+    paragraphs = [
+        f"On {record.dataset}, {record.images['test']:,} test images; means{_seeds(record)}. One "
+        "training seed, so differences of a point or two between networks may be chance. The "
+        f"features of all networks are cut at {record.invariant_dim}, those of the baseline and "
+        "of the untrained network as controls; raw pixels are not cut.",
+        results_table(record),
+        _figures(record),
+        "### What each half was measured to hold",
+        "What can be read from each part of how an image was seen. The halves differ in width "
+        f"({spec.invariant_dim} and {spec.equivariant_dim}), so compare first with the same cut "
+        "of the controls.",
+        results_table(record, (*READINGS, *ERRORS)),
+        "\n".join(f"- {sentence}" for sentence in findings(record)),
+        *(["### Fine-tuned", results_table(record, fine_tuned)] if fine_tuned else []),
+        _folded("Every number of the record", results_table(record, every_metric(record))),
+        "### Protocols",
+        "\n".join(definitions),
+        "### Where it was measured",
+        "\n".join([*measured_lines(record), *_digest_lines(record)]),
+        "The full record, with seeds, images and seconds of each number, is results.json.",
+    ]
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
 def render_card(spec: ModelSpec, record: Record) -> str:
@@ -86,11 +326,10 @@ def render_card(spec: ModelSpec, record: Record) -> str:
         spec: Of the released weights, with provenance.
         record: Its results.json.
     """
-    data, good_for, not_for = DATASETS[record["dataset"]]
+    data, good_for, not_for = DATASETS[record.dataset]
     p = spec.preprocess
-    evaluation = record["evaluation"]
-    protocols = [f"- {name}: {text}." for name, text in record["protocols"].items()]
     size_mb = spec.weights.size_bytes / 1e6 if spec.weights else 0.0
+    trained = [_training_line(n) for n in record.networks if "recipe" in n.training]
     return f"""---
 license: apache-2.0
 library_name: clever-zoo
@@ -125,26 +364,13 @@ Weights: {size_mb:.1f} MB, float16 storage with float32 norm layers, sha256
 - Not for: {not_for}.
 
 ## Results
-Top-1 in percent of {record["images"]["test"]:,} test images; mean ± standard deviation over
-{len(record["perturbation_seeds"])} perturbation seeds. One training seed, so differences of a
-point or two between networks may be chance. The baseline's and the untrained network's
-features are cut at the same index as a control.
-
-{results_table(record)}
-
-{chr(10).join(_findings(record))}
-
-Protocols:
-{chr(10).join(protocols)}
-
-Evaluated on {evaluation["hardware"]}, torch {evaluation["torch"]}, commit
-`{evaluation["commit"][:12]}`. The full record is results.json.
+{_results_section(spec, record)}
 
 ## Training
 Data: {data}. Method: CLeVER (arXiv 2406.00262) on DINO with rotated views; the recipe states
 what differs from the paper's.
 
-{chr(10).join(_training_lines(record["columns"]))}
+{chr(10).join(trained)}
 
 ## Licence
 Weights and code: Apache-2.0. Please cite the paper (CITATION.cff).

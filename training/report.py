@@ -21,16 +21,15 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from clever_zoo.cards import METRICS, PARTS, metric_cell
+from clever_zoo.cards import METRICS, Column, columns_of, table_rows
 from clever_zoo.cli import fail
 from clever_zoo.errors import CheckpointError, CleverZooError, DataError
-from clever_zoo.figures import figure_tag
+from clever_zoo.figures import GREY, STYLE, figure_tag, html_page, html_table
 from clever_zoo.files import write_atomic
+from clever_zoo.records import RESULTS_FILENAME, Record
 from training.checkpoint import CHECKPOINT, flatten
 from training.provenance import ENVIRONMENT
 from training.runlog import LOG, read_log
-
-RESULTS = "results.json"
 
 Values = NDArray[np.float64]
 
@@ -58,16 +57,6 @@ NO_TERMS = {"step", "epoch", "loss", "grad_norm", "step_s", "data_s", "seconds"}
     *(f"{half}_{kind}" for half in LIMITS for kind in DIAGNOSTICS),
 }
 
-# A grey of equal contrast on white and on the dark page's black; figures are transparent.
-GREY = "#777777"
-STYLE = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), GREY),
-    "axes.edgecolor": GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": "medium",
-    "agg.path.chunksize": 20_000,
-}
 SMOOTHING = 50  # windows that fit into a curve
 
 
@@ -81,7 +70,7 @@ class Run:
         facts: Name to text.
         log: Name to the value at each logged step, NaN where there is none.
         broken: Name to the steps at which the logged value was not finite.
-        results: The content of results.json, None without the file.
+        results: The record in results.json, None without the file.
     """
 
     label: str
@@ -89,7 +78,7 @@ class Run:
     facts: dict[str, str]
     log: dict[str, Values]
     broken: dict[str, list[int]]
-    results: dict[str, Any] | None
+    results: Record | None
 
     def curve(self, name: str) -> tuple[Values, Values]:
         """Steps and values of one number, where it was recorded and finite."""
@@ -134,7 +123,7 @@ def _read_run(folder: Path, label: str) -> Run:
             "run to have them written again"
         ) from error
     log, broken = _columns(folder / LOG)
-    return Run(label, flatten(recipe), facts, log, broken, _read_results(folder / RESULTS))
+    return Run(label, flatten(recipe), facts, log, broken, _read_results(folder / RESULTS_FILENAME))
 
 
 def _facts(
@@ -179,20 +168,8 @@ def _columns(path: Path) -> tuple[dict[str, Values], dict[str, list[int]]]:
     return log, broken
 
 
-def _read_results(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        for column in (record["columns"][record["model"]], *record["columns"].values()):
-            for metric in METRICS:
-                metric_cell(column, metric, "full")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path} is no record of training.evaluate ({error!r}); write it again with "
-            f"python -m training.evaluate {path.parent} -o {path}"
-        ) from error
-    return record
+def _read_results(path: Path) -> Record | None:
+    return Record.read(path) if path.exists() else None
 
 
 class Verdict(NamedTuple):
@@ -291,18 +268,10 @@ def draw_curves(runs: Sequence[Run], panels: Sequence[_Panel], columns: int = 3)
     return figure
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    return f'<div class="wide"><table>{line(head, "th")}{body}</table></div>'
-
-
 def _facts_table(runs: Sequence[Run]) -> str:
     names = dict.fromkeys(name for run in runs for name in run.facts)
     rows = [[name, *(run.facts.get(name, "") for run in runs)] for name in names]
-    return _table(["", *(run.label for run in runs)], rows)
+    return html_table(["", *(run.label for run in runs)], rows)
 
 
 def _differences_table(runs: Sequence[Run]) -> str:
@@ -314,29 +283,33 @@ def _differences_table(runs: Sequence[Run]) -> str:
             rows.append([key, *("" if v is absent else json.dumps(v) for v in values)])
     if not rows:
         return "<p>The recipes are the same.</p>"
-    return _table(["setting", *(run.label for run in runs)], rows)
+    return html_table(["setting", *(run.label for run in runs)], rows)
 
 
-def _same_scores(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return all(a[key] == b[key] for key in ("knn", "angle_r2"))
+def _scores(column: Column) -> dict[tuple[Any, ...], float]:
+    """Everything measured on a network, under keys without its name."""
+    rows = (row for row in column.record.results if row.network == column.network)
+    return {row.key[1:]: row.mean for row in rows}
 
 
 def _results_table(runs: Sequence[Run]) -> str:
     """Every column of every record once; a control that differs between records names its run."""
     records = {run.label: run.results for run in runs if run.results}
-    columns = {label: record["columns"][record["model"]] for label, record in records.items()}
-    for label, record in records.items():
-        for name, column in record["columns"].items():
-            if not any(_same_scores(column, seen) for seen in columns.values()):
-                columns[f"{name} of {label}" if name in columns else name] = column
-    controls = [name for name in columns if name.startswith(("untrained", "pixels"))]
-    ordered = [name for name in columns if name not in controls] + controls
-    rows = [
-        [label, part, *(metric_cell(columns[name], metric, part) for name in ordered)]
-        for metric, label in METRICS.items()
-        for part in PARTS
+    columns = [
+        column._replace(heading=label)
+        for label, record in records.items()
+        for column in columns_of(record)
+        if column.role == "model"
     ]
-    return _table(["metric", "part", *ordered], rows)
+    for label, record in records.items():
+        for column in columns_of(record):
+            if not any(_scores(column) == _scores(seen) for seen in columns):
+                taken = any(column.heading == seen.heading for seen in columns)
+                heading = f"{column.heading} of {label}" if taken else column.heading
+                columns.append(column._replace(heading=heading))
+    columns.sort(key=lambda column: column.role in ("untrained", "pixels"))
+    head, *rows = table_rows(columns, METRICS)
+    return html_table(head, rows)
 
 
 def _verdicts(runs: Sequence[Run]) -> str:
@@ -351,32 +324,6 @@ def _verdicts(runs: Sequence[Run]) -> str:
             text += f", first at {steps[0]:,}"
             lines.append(f'<li class="collapsed">{html.escape(text)}</li>')
     return f"<ul>{''.join(lines)}</ul>"
-
-
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --line: #ddd; --soft: #555; --bad: #b3261e; --good: #1b7f3b }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --line: #333; --soft: #aaa; --bad: #ff8a80; --good: #7ddb97 }}
-  body {{ background: #0d0d0d; color: #ddd }}
-}}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: auto; padding: 1rem }}
-.wide {{ overflow-x: auto }}
-table {{ border-collapse: collapse }}
-td, th {{ padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top }}
-td:first-child {{ white-space: nowrap }}
-tr + tr {{ border-top: 1px solid var(--line) }}
-td {{ font-variant-numeric: tabular-nums; overflow-wrap: anywhere }}
-figure {{ margin: 1rem 0 }} figure img {{ max-width: 100% }}
-figcaption, p {{ color: var(--soft) }}
-.alive b {{ color: var(--good) }} .collapsed, .collapsed b {{ color: var(--bad) }}
-</style>
-<h1>{title}</h1>
-{verdicts}
-{sections}
-</html>
-"""
 
 
 def _sections(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
@@ -423,10 +370,10 @@ def write_report(runs: list[Path], out: Path) -> None:
         DataError: If a log is empty or damaged, or a results record is not readable.
     """
     loaded = read_runs(runs)
-    with mpl.rc_context(STYLE):
-        sections = "".join(f"<h2>{heading}</h2>{body}\n" for heading, body in _sections(loaded))
-    title = html.escape(" and ".join(run.label for run in loaded))
-    page = _PAGE.format(title=f"Training of {title}", verdicts=_verdicts(loaded), sections=sections)
+    with mpl.rc_context(STYLE | {"agg.path.chunksize": 20_000}):
+        sections = list(_sections(loaded))
+    title = f"Training of {' and '.join(run.label for run in loaded)}"
+    page = html_page(title, sections, lead=_verdicts(loaded))
     write_atomic(out, page.encode())
 
 

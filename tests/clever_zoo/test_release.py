@@ -1,6 +1,5 @@
 """What ships: the released models, the wheel, torch.hub, the demo, and texts made from records."""
 
-import json
 import subprocess
 import sys
 import sysconfig
@@ -20,14 +19,15 @@ from clever_zoo.demo import run_demo
 from clever_zoo.embedding import split_features
 from clever_zoo.errors import UnknownModelError
 from clever_zoo.golden import check_golden
+from clever_zoo.records import RESULTS_FILENAME, Record
 from clever_zoo.registry import DEFAULT_TAGS
 from clever_zoo.samples import sample_paths
 from clever_zoo.spec import ModelSpec
 from training.config import load_recipe
+from training.evaluate.report import stale_files
 from training.networks import build_student
 from training.pretrain import preprocess_spec
 from training.release import gate_problems
-from training.tables import rendered_files
 
 ROOT = Path(__file__).parents[2]
 RELEASED = clever_zoo.list_models()
@@ -44,16 +44,17 @@ def test_the_first_model_is_there() -> None:
 def test_registry_config_recipe_and_record_agree(name: str) -> None:
     spec, folder = clever_zoo.model_info(name), ROOT / "model_cards" / name
     assert ModelSpec.read(folder / "config.json") == spec
-    record = json.loads((folder / "results.json").read_text())
+    record = Record.read(folder / RESULTS_FILENAME)
     recipe = load_recipe(name)
     assert spec.preprocess == preprocess_spec(recipe)
-    assert spec.invariant_dim == recipe.invariant_dim == record["invariant_dim"]
+    assert spec.invariant_dim == recipe.invariant_dim == record.invariant_dim
     assert spec.model_args == recipe.backbone.model_args
-    training = record["columns"][name]["training"]
+    training, baseline = (record.network(role).training for role in ("model", "baseline"))
     assert training["commit"] == spec.provenance.commit
     assert training["epochs"] == recipe.epochs
     assert training["seed"] == recipe.seed
-    baseline = record["columns"][name.replace("clever-", "dino-")]["training"]
+    assert record.network("model").name == name
+    assert record.network("model").sha256 in (None, spec.weights.sha256)
     for key in ("seed", "epochs", "steps", "images_seen", "finished"):
         assert baseline[key] == training[key]
     assert gate_problems(record) == []
@@ -95,10 +96,9 @@ def test_released_weights_are_no_random_ones(name: str) -> None:
     assert found[0] >= found[1] + 0.2
 
 
-def test_texts_are_those_of_the_records() -> None:
+def test_texts_and_figures_are_those_of_the_records() -> None:
     """`make tables` would change nothing."""
-    for path, content in rendered_files().items():
-        assert path.read_text(encoding="utf-8") == content, f"run `make tables`: {path} is stale"
+    assert stale_files() == [], "run `make tables`"
 
 
 def test_torch_hub() -> None:

@@ -15,7 +15,17 @@ from PIL import Image
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+from clever_zoo.cards import METRICS
 from clever_zoo.errors import CheckpointError, DataError
+from clever_zoo.records import (
+    PARTS,
+    RESULTS_FILENAME,
+    Environment,
+    Network,
+    Protocol,
+    Record,
+    Result,
+)
 from training import report
 from training.report import read_runs, smooth, verdict, write_report
 from training.runlog import LOG, RunLog
@@ -76,15 +86,39 @@ def make_run(folder: Path, lines: list[dict] | None = None, **recipe) -> Path:
     return folder
 
 
-def column(value: float) -> dict:
-    parts = dict.fromkeys(("full", "invariant", "equivariant"), value)
-    spread = {part: {"mean": value, "std": 0.5} for part in parts}
-    return {"knn": {"clean": parts, "r": spread, "cj_r": spread}, "angle_r2": parts}
-
-
-def add_results(run: Path, model: str, **columns: float) -> None:
-    record = {"model": model, "columns": {name: column(v) for name, v in columns.items()}}
-    (run / report.RESULTS).write_text(json.dumps(record))
+def add_results(run: Path, **columns: float) -> None:
+    """A record whose numbers are all the same within a network; the first one is the model."""
+    roles = dict(zip(columns, ("model", "baseline"), strict=False))
+    networks = [
+        Network(name=n, role=n if n in ("untrained", "pixels") else roles[n]) for n in columns
+    ]
+    Record(
+        model=networks[0].name,
+        dataset="fashion-mnist",
+        invariant_dim=4,
+        images={"test": 10},
+        tasks={"knn": "nearest neighbours", "angle": "regression"},
+        perturbations={"ori": "Ori: none", "r": "R: rotation", "cj_r": "CJ+R: both"},
+        networks=tuple(networks),
+        environments=(Environment(**ENVIRONMENT, python="3.11"),),
+        results=tuple(
+            Result(
+                network=name,
+                protocol=Protocol(task=metric.task, perturbation=metric.perturbation),
+                part=part,
+                metric=metric.metric,
+                at=metric.at,
+                seeds=(0, 1) if metric.perturbation == "cj_r" else (),
+                mean=value,
+                std=0.5,
+                n=10,
+            )
+            for name, value in columns.items()
+            for metric in METRICS
+            if metric.task in ("knn", "angle")
+            for part in PARTS
+        ),
+    ).write(run / RESULTS_FILENAME)
 
 
 class Page(HTMLParser):
@@ -161,8 +195,8 @@ def test_several_runs_side_by_side(tmp_path: Path) -> None:
     old = [brief_line(step) for step in range(60)]
     head = {"prototypes": 64, "hidden_dim": 8}
     b = make_run(tmp_path / "b", old, seed=8, head=head)
-    add_results(a, "clever-test", **{"clever-test": 70.0}, base=65.0, untrained=60.0, pixels=50.0)
-    add_results(b, "clever-test", **{"clever-test": 65.0}, untrained=60.0, pixels=51.0)
+    add_results(a, **{"clever-test": 70.0}, base=65.0, untrained=60.0, pixels=50.0)
+    add_results(b, **{"clever-test": 65.0}, untrained=60.0, pixels=51.0)
     write_report([a, b], tmp_path / "report.html")
     page = Page(tmp_path / "report.html")
     assert page.row("steps") == ["120 of 120", "60 of 120 (unfinished)"]
@@ -227,8 +261,8 @@ def test_folders_that_are_no_runs_are_all_named(tmp_path: Path) -> None:
         (LOG, '{"step": 0, "loss": "low"}\n', DataError),
         (report.CHECKPOINT, "no checkpoint", CheckpointError),
         (report.ENVIRONMENT, '{"commit": "abc"}', CheckpointError),
-        (report.RESULTS, "{}", DataError),
-        (report.RESULTS, '{"model": "m", "columns": {"m": {"knn": {}}}}', DataError),
+        (RESULTS_FILENAME, "{}", DataError),
+        (RESULTS_FILENAME, '{"model": "m", "columns": {"m": {"knn": {}}}}', DataError),
     ],
 )
 def test_a_damaged_file_is_named_and_nothing_is_written(
