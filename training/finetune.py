@@ -27,9 +27,17 @@ from torch.utils.data import DataLoader
 from clever_zoo.classifier import Classifier, create_classifier
 from clever_zoo.cli import fail
 from clever_zoo.embedding import Part
-from clever_zoo.encoder import evaluating, usable_device
+from clever_zoo.encoder import evaluating, from_pretrained, usable_device
 from clever_zoo.errors import CleverZooError, DataError, NonFiniteError, RecipeError
-from clever_zoo.spec import CONFIG_FILENAME, problem_lines
+from clever_zoo.records import (
+    RESULTS_FILENAME,
+    Environment,
+    Network,
+    Protocol,
+    Record,
+    Result,
+)
+from clever_zoo.spec import CONFIG_FILENAME, ModelSpec, problem_lines
 from training.config import DataConfig, merged, parse_override
 from training.data import (
     Batch,
@@ -43,6 +51,8 @@ from training.data import (
     open_source,
 )
 from training.evaluate.inputs import EvaluationImages, normalized
+from training.evaluate.perturb import PERTURBATIONS
+from training.provenance import environment
 from training.schema import Section
 from training.subset import SUBSET, Subset, draw_subset, read_subset, write_subset
 from training.views import crop_and_flip
@@ -342,6 +352,48 @@ def finetune(
     )
 
 
+def result_record(
+    result: FinetuneResult, config: FinetuneConfig, spec: ModelSpec, device: str
+) -> Record:
+    """The result as a record; the task's definition holds every setting.
+
+    Args:
+        result: What came out.
+        config: What it was trained with.
+        spec: Of the encoder that it started from.
+        device: Where it was trained.
+    """
+    task = "frozen" if config.freeze else "finetune"
+    settings = ", ".join(f"{k} {v}" for k, v in config.model_dump(exclude={"data"}).items())
+    network = Network(
+        name=spec.name, role="model", sha256=spec.weights.sha256 if spec.weights else None
+    )
+    rows = tuple(
+        Result(
+            network=spec.name,
+            protocol=Protocol(task=task),
+            part=config.part,
+            metric=metric,
+            seeds=(config.seed,),
+            mean=getattr(result, metric),
+            n=result.n_test,
+            seconds=round(result.seconds, 2),
+        )
+        for metric in ("top1_last", "top1_best")
+    )
+    return Record(
+        model=spec.name,
+        dataset=config.data.dataset,
+        invariant_dim=spec.invariant_dim,
+        images={"train": result.n_train, "test": result.n_test},
+        tasks={task: f"training.finetune with {settings}; best: chosen on the test images"},
+        perturbations={"ori": PERTURBATIONS["ori"].text},
+        networks=(network,),
+        environments=(Environment(**environment(device)),),
+        results=rows,
+    )
+
+
 def run(
     source: str | Path,
     config: FinetuneConfig,
@@ -358,8 +410,8 @@ def run(
     Args:
         source: An encoder, as for `clever_zoo.from_pretrained`.
         data: Folder of the data set.
-        out: Gets config.json, model.safetensors, log.jsonl and, unless every training image is
-            used, subset.txt.
+        out: Gets config.json, model.safetensors, log.jsonl, results.json and, unless every
+            training image is used, subset.txt.
         subset_file: A subset.txt to use again.
 
     Raises:
@@ -375,8 +427,9 @@ def run(
     if len(subset.indices) < 2:
         raise DataError(f"the subset has {len(subset.indices)} image; at least 2 are needed")
     torch.manual_seed(config.seed)
+    encoder = from_pretrained(source)
     classifier = create_classifier(
-        source,
+        encoder,
         len(train.class_names),
         part=config.part,
         freeze_encoder=config.freeze,
@@ -402,6 +455,7 @@ def run(
         workers=workers,
     )
     classifier.save_pretrained(out)
+    result_record(result, config, encoder.spec, device).write(out / RESULTS_FILENAME)
     return result
 
 

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 import clever_zoo
 from clever_zoo import Classifier, create_classifier
 from clever_zoo.errors import DataError, NonFiniteError, RecipeError
+from clever_zoo.records import Record
+from clever_zoo.registry import model_info
 from clever_zoo.samples import sample_class, sample_paths
 from training import finetune
 from training.config import DataConfig
@@ -196,6 +198,12 @@ def test_from_an_encoder_to_a_classifier(photos, tmp_path) -> None:
         assert line["lr_head"] == pytest.approx(settings.lr_head_per_256 / 16 * cosine)
         assert line["lr_encoder"] == pytest.approx(settings.lr_encoder_per_256 / 16 * cosine)
     assert not (out / "subset.txt").exists()
+    record = Record.read(out / "results.json")
+    assert {r.metric: r.mean for r in record.results} == {
+        "top1_last": scores[-1], "top1_best": max(scores),
+    }  # fmt: skip
+    assert "epochs 3" in record.tasks["finetune"]
+    assert record.networks[0].sha256 == model_info("clever-resnet18").weights.sha256
     classifier = Classifier.from_pretrained(out)
     assert classifier.class_names == NAMES
     assert classifier.part == "invariant"

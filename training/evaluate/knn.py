@@ -49,4 +49,3 @@ def _votes(
     weight, voted = (nearest / TEMPERATURE).exp(), labels[neighbor]
     empty = weight.new_zeros(len(weight), classes)
     return {k: empty.scatter_add(1, voted[:, :k], weight[:, :k]) for k in ks}
-
