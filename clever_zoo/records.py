@@ -5,7 +5,6 @@ and seeds, on how many images, and where; cards, tables and figures are written 
 """
 
 import json
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -182,11 +181,7 @@ class Record(_Frozen):
     ) -> Result | None:
         """The one number of that key, None if it was not measured."""
         key = (network, "test", task, features, perturbation, interpolation, part, metric, at)
-        return self._by_key.get(key)
-
-    @cached_property
-    def _by_key(self) -> dict[tuple[Any, ...], Result]:
-        return {row.key: row for row in self.results}
+        return next((row for row in self.results if row.key == key), None)
 
     def curve(
         self, network: str, task: str, metric: str, part: Part, **protocol: Any

@@ -95,7 +95,7 @@ def test_constant_features_decide_nothing(embedded) -> None:
     for value in (0.0, 0.1, -3e6):
         probe = fit_cached(torch.cat([x, torch.full((len(x), 1), value)], 1), y, 10)
         assert probe.converged
-        assert probe.weight[:, -1].abs().max() < 1e-6
+        assert probe.weight[:, -1].abs().max() < 1e-5
         same = probe.scores(torch.cat([test_x, torch.full((len(test_x), 1), value)], 1))
         torch.testing.assert_close(same, expected, atol=0.02, rtol=0.01)
 

@@ -19,14 +19,15 @@ from training.checkpoint import CHECKPOINT
 from training.config import DataConfig, load_recipe
 from training.data import check_classes, load_split
 from training.evaluate.inputs import (
-    PIXELS,
     EvaluationImages,
     Subject,
     load_encoder,
+    raw_pixels,
     subject,
     untrained,
 )
 from training.evaluate.perturb import PERTURBATIONS
+from training.evaluate.report import REPORT, write_page
 from training.evaluate.suite import TASKS, Task, evaluate_subject
 from training.provenance import environment
 from training.runs import load_run
@@ -75,7 +76,7 @@ def evaluate(
     if baseline is not None:
         subjects.append(_baseline(baseline, encoder, device))
     fresh = untrained(encoder.spec, seed).to(usable_device(device))
-    subjects += [subject(fresh, "untrained", {"seed": seed}, cut), PIXELS]
+    subjects += [subject(fresh, "untrained", {"seed": seed}, cut), raw_pixels(train.data)]
     chosen = [s for s in subjects if s.network.role in roles]
     results = [
         row
@@ -202,9 +203,10 @@ def main(
         if path.exists():
             record = Record.read(path).updated(record)
         record.write(path)
+        write_page(record, folder / REPORT)
     except (CleverZooError, OSError) as error:
         fail(error)
-    typer.echo(f"wrote {path} ({len(record.results)} figures)")
+    typer.echo(f"wrote {path} ({len(record.results)} figures) and {folder / REPORT}")
 
 
 if __name__ == "__main__":

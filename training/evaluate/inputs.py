@@ -44,11 +44,13 @@ class Subject:
         encoder: In evaluation mode, with the weights as they are stored for release; None for raw
             pixels.
         cut: Index at which the features are cut into halves; None for the full vector alone.
+        grey: Raw pixels are of one channel, as the three are equal.
     """
 
     network: Network
     encoder: Encoder | None
     cut: int | None
+    grey: bool = False
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -117,7 +119,10 @@ def untrained(spec: ModelSpec, seed: int) -> Encoder:
     return as_released(fresh, build_student(backbone, seed).state_dict())
 
 
-PIXELS = Subject(Network(name="pixels", role="pixels"), None, None)
+def raw_pixels(data: ImageSet) -> Subject:
+    """The control without a network: the bytes that the networks see."""
+    network = Network(name="pixels", role="pixels")
+    return Subject(network, None, None, grey=data.images.shape[1] == 1)
 
 
 class EvaluationImages:
@@ -193,7 +198,8 @@ def features_of(subject: Subject, blocks: int = 1) -> Features:
     """
     encoder = subject.encoder
     if encoder is None:
-        return lambda pixels: pixels.flatten(1) / 255
+        channels = 1 if subject.grey else 3
+        return lambda pixels: pixels[:, :channels].flatten(1) / 255
 
     def features(pixels: Tensor) -> Tensor:
         with evaluating(encoder), torch.inference_mode():

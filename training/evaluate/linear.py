@@ -31,6 +31,7 @@ GRADIENT_TOLERANCE = 1e-5
 MAX_STEPS = 5000
 MOMENTUM = 0.9
 INITIAL_STD = 0.01
+_LEAST_SPREAD = 0.01  # axes that vary less are not stretched further
 _CHUNK_ROWS = 2048
 
 Slice = Callable[[Tensor], Tensor]  # features (B, D) -> what one probe reads of them (B, d)
@@ -127,7 +128,12 @@ def fit_cached(
 def _solve(
     x: Tensor, y: Tensor, mean: Tensor, std: Tensor, *, classes: int, penalty: float
 ) -> tuple[Tensor, Tensor, float]:
-    """Weight (C, D) and bias (C,) float64 of the minimum, and the largest slope left there."""
+    """Weight (C, D) and bias (C,) float64 of the minimum, and the largest slope left there.
+
+    The search goes along the principal axes, scaled by their spread: features are nearly
+    collinear, and in their own coordinates it takes ten times as many steps.
+    """
+    basis = _whitening(x, mean, std)
     weight = x.new_zeros(classes, len(mean), dtype=torch.float64).requires_grad_()
     bias = x.new_zeros(classes, dtype=torch.float64).requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -142,11 +148,11 @@ def _solve(
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        total = penalty / (2 * len(x)) * weight.square().sum()
+        total = penalty / (2 * len(x)) * (weight @ basis).square().sum()
         total.backward()
         # Nearly collinear features need double precision; a few rows at a time, to save memory.
         for rows, truth in zip(x.split(_CHUNK_ROWS), y.split(_CHUNK_ROWS), strict=True):
-            slope = weight / std
+            slope = weight @ basis / std
             logits = F.linear(rows.double(), slope, bias - slope @ mean)
             part = F.cross_entropy(logits, truth, reduction="sum") / len(x)
             part.backward()
@@ -157,7 +163,16 @@ def _solve(
     if not loss().isfinite():
         raise NonFiniteError("the loss of the linear probe is not finite; look at the features")
     gradient = max(float(p.grad.abs().max()) for p in (weight, bias))
-    return weight.detach(), bias.detach(), gradient
+    return (weight @ basis).detach(), bias.detach(), gradient
+
+
+def _whitening(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(D, D): rows are the principal axes of the standardised features over their spread."""
+    correlation = sum(
+        (z := (rows.double() - mean) / std).T @ z / len(x) for rows in x.split(_CHUNK_ROWS)
+    )
+    spread, axes = torch.linalg.eigh(correlation)
+    return ((spread.clamp(min=0) + _LEAST_SPREAD).rsqrt() * axes).T
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:

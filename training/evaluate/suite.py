@@ -13,9 +13,10 @@ from torch import Tensor
 
 from clever_zoo.classifier import create_classifier
 from clever_zoo.embedding import Part
+from clever_zoo.errors import NonFiniteError
 from clever_zoo.records import Interpolation, Protocol, Result
 from training.data import TrainImages
-from training.evaluate import linear
+from training.evaluate import equivariance, linear
 from training.evaluate.inputs import (
     EvaluationImages,
     Subject,
@@ -28,7 +29,7 @@ from training.evaluate.linear import fit_cached, fit_reference, top_k
 from training.evaluate.perturb import PERTURBATIONS
 from training.finetune import finetune, load_config
 
-Task = Literal["knn", "linear_cached", "linear_reference", "finetune"]
+Task = Literal["knn", "linear_cached", "linear_reference", "equivariance", "finetune"]
 
 NEIGHBORS = (10, 20, 100, 200)
 SEEDS = (0, 1, 2)
@@ -51,6 +52,7 @@ TASKS: Mapping[str, str] = {
         "resized bilinearly and scored with the last epoch's probe; 'best' is the best epoch, "
         "chosen on the test images"
     ),
+    **equivariance.TASKS,
     "frozen_short": (
         "the linear head alone, trained on random crops and flips with the preset 'short' of "
         "training.finetune; 'best' is the best epoch, chosen on the test images"
@@ -174,6 +176,15 @@ def evaluate_subject(
     if "finetune" in tasks and subject.network.role == "model":
         for task, freeze in (("frozen_short", True), ("finetune_short", False)):
             _finetune(rows, subject, train, test, task, freeze=freeze)
+    if "equivariance" in tasks:
+        readings = equivariance.measure(
+            features_of(subject), subject.cut, train, test, description=label
+        )
+        for reading in readings:
+            values = reading._asdict()
+            protocol = Protocol(task=values.pop("task"))
+            rows.add(protocol, values.pop("part"), values.pop("metric"), values.pop("value"),
+                     seeds=(0,), **values)  # fmt: skip
     return rows.results()
 
 
@@ -231,6 +242,12 @@ def _classify(
         for part, x in parts.items()
         if "linear_cached" in tasks
     }
+    for (recipe, part), probe in probes.items():
+        if not probe.converged:
+            raise NonFiniteError(
+                f"the linear probe of {subject.network.name} ({recipe}, {part}) did not reach its "
+                "minimum; look at the features, or leave linear_cached out of --tasks"
+            )
     fit_s = (time.monotonic() - started) / max(len(probes), 1)
     conditions = _conditions(tasks, blocks)
     last = f"{label}: k-NN, linear" if blocks == 1 else f"{label}: linear, last {blocks} blocks"
