@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clever_zoo.errors import DataError
-from training.evaluate.scores import check_labels, top_k
+from training.evaluate.scores import check_labels
 
 TEMPERATURE = 0.07
 _CHUNK_ROWS = 1000
@@ -50,18 +50,3 @@ def _votes(
     empty = weight.new_zeros(len(weight), classes)
     return {k: empty.scatter_add(1, voted[:, :k], weight[:, :k]) for k in ks}
 
-
-def knn_predict(
-    gallery: Tensor, gallery_labels: Tensor, queries: Tensor, *, k: int, classes: int
-) -> Tensor:
-    """Class (M,) int64 of each query: the one with the most votes; see `knn_scores`."""
-    return knn_scores(gallery, gallery_labels, queries, ks=(k,), classes=classes)[k].argmax(1)
-
-
-def knn_accuracy(
-    gallery: Tensor, gallery_labels: Tensor, queries: Tensor, query_labels: Tensor, *, k: int = 20
-) -> float:
-    """Top-1 accuracy in percent; see `knn_scores`."""
-    classes = int(torch.cat([gallery_labels, query_labels]).max()) + 1
-    votes = knn_scores(gallery, gallery_labels, queries, ks=(k,), classes=classes)
-    return top_k(votes[k], query_labels, 1)
