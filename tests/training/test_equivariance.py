@@ -303,5 +303,13 @@ def test_what_cannot_be_measured_is_refused() -> None:
         measure(broken, 3, ramps(40, "train"), ramps(30, "test"))
 
 
+def test_a_regression_without_its_minimum_is_refused(monkeypatch, rng) -> None:
+    monkeypatch.setattr("training.evaluate.linear.MAX_STEPS", 1)
+    x = torch.from_numpy(rng.normal(size=(60, 4))).float()
+    classes = rng.integers(0, 2, 60)
+    with pytest.raises(NonFiniteError, match="did not reach its minimum"):
+        read_class(x, classes, x, classes, classes=2)
+
+
 def test_both_splits_have_draws_of_their_own() -> None:
     assert equivariance.TRAIN_SEED != equivariance.TEST_SEED

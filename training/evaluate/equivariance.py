@@ -251,8 +251,17 @@ def read_values(
 def read_class(
     x: Tensor, y: Values, test_x: Tensor, test_y: Values, *, classes: int
 ) -> dict[str, float]:
-    """Accuracy in percent of logistic regression of features (N, D) to classes (N,)."""
+    """Accuracy in percent of logistic regression of features (N, D) to classes (N,).
+
+    Raises:
+        NonFiniteError: If the regression does not reach its minimum.
+    """
     probe = fit_cached(x, torch.from_numpy(y).long(), classes)
+    if not probe.converged:
+        raise NonFiniteError(
+            f"logistic regression of {tuple(x.shape)} features to {classes} classes did not reach "
+            "its minimum; look at the features"
+        )
     return {"top1": top_k(probe.scores(test_x), torch.from_numpy(test_y).long(), 1)}
 
 
