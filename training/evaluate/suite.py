@@ -181,10 +181,16 @@ def evaluate_subject(
             features_of(subject), subject.cut, train, test, description=label
         )
         for reading in readings:
-            values = reading._asdict()
-            protocol = Protocol(task=values.pop("task"))
-            rows.add(protocol, values.pop("part"), values.pop("metric"), values.pop("value"),
-                     seeds=(0,), **values)  # fmt: skip
+            rows.add(
+                Protocol(task=reading.task),
+                reading.part,
+                reading.metric,
+                reading.value,
+                n=reading.n,
+                at=reading.at,
+                seeds=() if reading.task == "drift" else (equivariance.TEST_SEED,),
+                seconds=reading.seconds,
+            )
     return rows.results()
 
 
