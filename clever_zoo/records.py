@@ -19,6 +19,7 @@ RESULTS_FILENAME = "results.json"
 
 Role = Literal["model", "baseline", "untrained", "pixels"]
 Interpolation = Literal["bicubic", "bilinear"]
+FeatureRecipe = Literal["last1", "last4_reference", "last4_per_block"]
 
 PARTS: tuple[Part, ...] = ("full", "invariant", "equivariant")
 
@@ -28,13 +29,17 @@ class _Frozen(BaseModel):
 
 
 class Environment(_Frozen):
-    """Where numbers were computed: this repository's commit, the hardware, the versions."""
+    """Where numbers were computed: this repository's commit, the hardware, the versions.
+
+    `versions` are of the further libraries that had a hand in them.
+    """
 
     commit: str
     device: str
     hardware: str
     torch: str
     python: str
+    versions: dict[str, str] = {}
 
 
 class Network(_Frozen):
@@ -68,7 +73,7 @@ class Protocol(_Frozen):
     """
 
     task: str
-    features: Literal["last1", "last4_reference", "last4_per_block"] = "last1"
+    features: FeatureRecipe = "last1"
     perturbation: str = "ori"
     interpolation: Interpolation = "bicubic"
 
@@ -143,6 +148,9 @@ class Record(_Frozen):
         names = [network.name for network in self.networks]
         if len(set(names)) != len(names):
             problems.append(f"networks: {', '.join(names)} are not all different")
+        roles = [network.role for network in self.networks]
+        if len(set(roles)) != len(roles):
+            problems.append(f"networks: {', '.join(roles)} are not all of different roles")
         keys = set()
         for row in self.results:
             where = f"result {row.key}"
@@ -199,7 +207,9 @@ class Record(_Frozen):
     def updated(self, newer: "Record") -> "Record":
         """This record with the rows of a newer one over its own.
 
-        Rows of a network whose weights changed are dropped: they are of other weights.
+        Rows that no longer mean what they say are dropped: those of a network whose weights
+        changed or whose role another one took, and those of a task or perturbation that is
+        defined otherwise now.
 
         Raises:
             DataError: If the records are of different models, data or cuts.
@@ -210,35 +220,55 @@ class Record(_Frozen):
                     f"the record's {key} is {getattr(self, key)!r}, the new one's "
                     f"{getattr(newer, key)!r}; write to another file"
                 )
-        networks = {n.name: n for n in self.networks}
-        changed = {n.name for n in newer.networks if networks.get(n.name, n).sha256 != n.sha256}
-        for n in newer.networks:  # a released name brings no facts of its training
-            known = networks.get(n.name, n).training if n.name not in changed else {}
-            networks[n.name] = n.model_copy(update={"training": n.training or known})
-        environments = list(self.environments)
-        places = {}
-        for index, environment in enumerate(newer.environments):
-            if environment not in environments:
-                environments.append(environment)
-            places[index] = environments.index(environment)
-        rows = {row.key: row for row in self.results if row.network not in changed}
-        for row in newer.results:
-            rows[row.key] = row.model_copy(update={"environment": places[row.environment]})
-        used = sorted({row.environment for row in rows.values()})
+        networks = self._networks_beside(newer)
+        valid = {n.name for n in self.networks if networks.get(n.name, n).sha256 == n.sha256}
+        valid &= networks.keys()
+        tasks = _unchanged(self.tasks, newer.tasks)
+        perturbations = _unchanged(self.perturbations, newer.perturbations)
+        environments = list(dict.fromkeys([*self._environments(), *newer._environments()]))
+        rows = {
+            row.key: (row, record)
+            for record in (self, newer)
+            for row in record.results
+            if record is newer
+            or (
+                row.network in valid
+                and row.protocol.task in tasks
+                and row.protocol.perturbation in perturbations
+            )
+        }
+        places = {
+            key: environments.index(record._environments()[row.environment])
+            for key, (row, record) in rows.items()
+        }
+        used = sorted(set(places.values()))
         return Record(
             model=self.model,
             dataset=self.dataset,
             invariant_dim=self.invariant_dim,
             images=self.images,
-            tasks=self.tasks | newer.tasks,
-            perturbations=self.perturbations | newer.perturbations,
+            tasks=tasks | newer.tasks,
+            perturbations=perturbations | newer.perturbations,
             networks=tuple(networks.values()),
-            environments=tuple(environments[i] for i in used),
+            environments=tuple(Environment.model_validate_json(environments[i]) for i in used),
             results=tuple(
-                row.model_copy(update={"environment": used.index(row.environment)})
-                for row in rows.values()
+                row.model_copy(update={"environment": used.index(places[key])})
+                for key, (row, _) in rows.items()
             ),
         )
+
+    def _networks_beside(self, newer: "Record") -> dict[str, Network]:
+        taken = {n.role for n in newer.networks}
+        ours = {n.name: n for n in self.networks}
+        networks = {n.name: n for n in self.networks if n.role not in taken}
+        for n in newer.networks:  # a released name brings no facts of its training
+            old = ours.get(n.name)
+            known = old.training if old is not None and old.sha256 == n.sha256 else {}
+            networks[n.name] = n.model_copy(update={"training": n.training or known})
+        return networks
+
+    def _environments(self) -> list[str]:
+        return [environment.model_dump_json() for environment in self.environments]
 
     def to_json(self) -> bytes:
         """The content of results.json: one row a line, fields at their defaults left out."""
@@ -268,3 +298,8 @@ class Record(_Frozen):
         except ValidationError as error:
             lines = "".join(f"\n  - {line}" for line in problem_lines(error))
             raise DataError(f"{path} is no results record:{lines}") from error
+
+
+def _unchanged(old: dict[str, str], new: dict[str, str]) -> dict[str, str]:
+    """Definitions that the newer record does not give another text."""
+    return {name: text for name, text in old.items() if new.get(name, text) == text}

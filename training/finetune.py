@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from clever_zoo.classifier import Classifier, create_classifier
 from clever_zoo.cli import fail
 from clever_zoo.embedding import Part
-from clever_zoo.encoder import evaluating, from_pretrained, usable_device
+from clever_zoo.encoder import evaluating, usable_device
 from clever_zoo.errors import CleverZooError, DataError, NonFiniteError, RecipeError
 from clever_zoo.records import (
     RESULTS_FILENAME,
@@ -43,16 +43,15 @@ from training.data import (
     Batch,
     ImageSet,
     ImageSource,
-    Split,
     TrainImages,
     check_classes,
-    load_split,
+    list_images,
     load_train_images,
-    open_source,
 )
-from training.evaluate.inputs import EvaluationImages, normalized
+from training.evaluate.inputs import EvaluationImages, load_encoder, normalized
 from training.evaluate.perturb import PERTURBATIONS
-from training.provenance import environment
+from training.evaluate.scores import top_k
+from training.provenance import environment, library_versions
 from training.schema import Section
 from training.subset import SUBSET, Subset, draw_subset, read_subset, write_subset
 from training.views import crop_and_flip
@@ -163,15 +162,6 @@ def load_config(preset: str, dataset: str, overrides: Sequence[str] = ()) -> Fin
         raise RecipeError(f"preset {preset}", problem_lines(error)) from error
 
 
-def list_images(
-    config: DataConfig, root: Path | None, split: Split, cache_folder: Path | None = None
-) -> ImageSet | ImageSource:
-    """The images of a split, not decoded where that can be avoided; see `load_split`."""
-    if config.dataset == "fashion-mnist":
-        return load_split(config, root, split)
-    return open_source(config, root, split, cache_folder=cache_folder)
-
-
 def choose_images(
     config: FinetuneConfig, train: ImageSet | ImageSource, subset_file: Path | None
 ) -> Subset:
@@ -224,12 +214,9 @@ def _unchanged(batch: Batch) -> Batch:
 def top1(classifier: Classifier, test: EvaluationImages) -> float:
     """Share of test images whose class is the most likely one, percent."""
     spec, device = classifier.encoder.spec.preprocess, classifier.head.weight.device
-    correct = 0
     with evaluating(classifier), torch.inference_mode():
-        for pixels, samples in test.batches():
-            predicted = classifier(normalized(pixels.to(device), spec)).argmax(1)
-            correct += int((predicted.cpu() == test.labels[samples]).sum())
-    return 100 * correct / len(test.labels)
+        logits = [classifier(normalized(x.to(device), spec)).cpu() for x, _ in test.batches()]
+    return top_k(torch.cat(logits), test.labels, 1)
 
 
 def train_epoch(
@@ -352,6 +339,12 @@ def finetune(
     )
 
 
+def settings_text(config: FinetuneConfig) -> str:
+    """What a record says of the task: every setting."""
+    settings = ", ".join(f"{k} {v}" for k, v in config.model_dump(exclude={"data"}).items())
+    return f"training.finetune with {settings}; 'best' is the best epoch on the test images"
+
+
 def result_record(
     result: FinetuneResult, config: FinetuneConfig, spec: ModelSpec, device: str
 ) -> Record:
@@ -364,7 +357,6 @@ def result_record(
         device: Where it was trained.
     """
     task = "frozen" if config.freeze else "finetune"
-    settings = ", ".join(f"{k} {v}" for k, v in config.model_dump(exclude={"data"}).items())
     network = Network(
         name=spec.name, role="model", sha256=spec.weights.sha256 if spec.weights else None
     )
@@ -386,10 +378,10 @@ def result_record(
         dataset=config.data.dataset,
         invariant_dim=spec.invariant_dim,
         images={"train": result.n_train, "test": result.n_test},
-        tasks={task: f"training.finetune with {settings}; best: chosen on the test images"},
+        tasks={task: settings_text(config)},
         perturbations={"ori": PERTURBATIONS["ori"].text},
         networks=(network,),
-        environments=(Environment(**environment(device)),),
+        environments=(Environment(**environment(device), versions=library_versions()),),
         results=rows,
     )
 
@@ -408,7 +400,7 @@ def run(
     """The whole way from an encoder and a data set to a classifier's folder.
 
     Args:
-        source: An encoder, as for `clever_zoo.from_pretrained`.
+        source: A run's folder, or an encoder as for `clever_zoo.from_pretrained`.
         data: Folder of the data set.
         out: Gets config.json, model.safetensors, log.jsonl, results.json and, unless every
             training image is used, subset.txt.
@@ -427,7 +419,7 @@ def run(
     if len(subset.indices) < 2:
         raise DataError(f"the subset has {len(subset.indices)} image; at least 2 are needed")
     torch.manual_seed(config.seed)
-    encoder = from_pretrained(source)
+    encoder, _ = load_encoder(source)
     classifier = create_classifier(
         encoder,
         len(train.class_names),
@@ -438,11 +430,7 @@ def run(
     if len(subset.indices) < len(train):
         write_subset(out / SUBSET, subset, train.labels, train.class_names)
     images = load_train_images(config.data, data, cache_folder=cache_folder)
-    tested = EvaluationImages(
-        load_split(config.data, data, "test", cache_folder=cache_folder),
-        classifier.encoder.spec.preprocess,
-        "test",
-    )
+    tested = EvaluationImages(test, classifier.encoder.spec.preprocess, "test")
     tested.prepare("bicubic")
     result = finetune(
         classifier,
@@ -461,7 +449,7 @@ def run(
 
 def main(
     source: Annotated[
-        str, typer.Argument(help="A released name, org/repo on the Hub, or local-dir:PATH.")
+        str, typer.Argument(help="A released name, org/repo, local-dir:PATH, or a run's folder.")
     ],
     overrides: Annotated[
         list[str] | None,

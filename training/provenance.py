@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries beside torch that evaluations compute with."""
+    return {name: version(name) for name in ("numpy", "pillow", "scikit-learn", "timm")}
 
 
 def record_environment(path: Path, device: str) -> None:

@@ -66,6 +66,20 @@ def test_newer_rows_replace_older_ones_and_other_weights_take_theirs_along() -> 
         old.updated(new.model_copy(update={"dataset": "other"}))
 
 
+def test_rows_of_a_task_that_means_something_else_now_are_dropped() -> None:
+    old = record(row(mean=1), row("b", 2))
+    new = record(row(mean=3)).model_copy(update={"tasks": {"knn": "something else"}})
+    assert [(x.network, x.mean) for x in old.updated(new).results] == [("a", 3)]
+
+
+def test_another_baseline_takes_the_place_of_the_old_one() -> None:
+    old = record(row(mean=1), row("b", 2))
+    new = record(row("c", 4), networks=(("a", "1"), ("c", "3")))
+    both = old.updated(new)
+    assert both.network("baseline").name == "c"
+    assert [(x.network, x.mean) for x in both.results] == [("a", 1), ("c", 4)]
+
+
 def test_environments_that_no_row_names_are_dropped() -> None:
     both = record(row()).updated(record(row(), environments=(THERE,)))
     assert both.environments == (THERE,)

@@ -230,7 +230,7 @@ class Telling:
 
 @pytest.fixture(scope="module")
 def readings() -> list[Reading]:
-    return measure(Telling(), 3, ramps(900, "train"), ramps(500, "test"), train_limit=800)
+    return measure(Telling(), 3, ramps(800, "train"), ramps(500, "test"))
 
 
 def test_every_task_is_read_from_every_part(readings: list[Reading]) -> None:
@@ -282,19 +282,19 @@ def test_the_drift_curve_starts_at_nothing(readings) -> None:
 
 def test_raw_pixels_have_the_full_part_alone() -> None:
     features = lambda pixels: pixels.flatten(1)[:, ::50] / 255  # noqa: E731
-    readings = measure(features, None, ramps(40, "train"), ramps(30, "test"), test_limit=10)
+    readings = measure(features, None, ramps(40, "train"), ramps(10, "test"))
     assert {r.part for r in readings} == {"full"}
     assert {r.n for r in readings} == {10}
     whole = measure(features, features(torch.zeros(1, 3, SIZE, SIZE)).shape[1],
-                    ramps(40, "train"), ramps(30, "test"), test_limit=10)  # fmt: skip
-    assert {r.part for r in whole} == {"full", "invariant"}
-    assert [r.value for r in readings] == [r.value for r in whole if r.part == "full"]
+                    ramps(40, "train"), ramps(10, "test"))  # fmt: skip
+    assert {r.part for r in whole} == {"full"}
+    assert [r.value for r in readings] == [r.value for r in whole]
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
-    for train, test, kept in ((19, 30, {}), (40, 1, {}), (40, 30, {"train_limit": 10})):
+    for train, test in ((19, 30), (40, 1)):
         with pytest.raises(DataError, match="at least 20 and 2"):
-            measure(Telling(), 3, ramps(train, "train"), ramps(test, "test"), **kept)
+            measure(Telling(), 3, ramps(train, "train"), ramps(test, "test"))
 
     def broken(pixels: Tensor) -> Tensor:
         return torch.full((len(pixels), 5), math.nan)

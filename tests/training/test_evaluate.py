@@ -21,8 +21,8 @@ from clever_zoo.samples import sample_paths
 from clever_zoo.spec import PreprocessSpec
 from training import pretrain, release
 from training.checkpoint import CHECKPOINT
-from training.config import load_recipe
-from training.data import TrainImages, load_fashion_mnist, load_train_images
+from training.config import DataConfig, load_recipe
+from training.data import TrainImages, list_images, load_fashion_mnist, load_train_images
 from training.evaluate import __main__ as evaluate
 from training.evaluate.inputs import (
     EvaluationImages,
@@ -30,6 +30,7 @@ from training.evaluate.inputs import (
     features_of,
     load_encoder,
     parts_of,
+    raw_pixels,
     subject,
 )
 from training.evaluate.perturb import (
@@ -207,7 +208,8 @@ def test_the_record_has_every_network_protocol_and_part(record: Record) -> None:
         assert 0 <= row.mean <= 100
         assert row.n == 300
         random = row.protocol.perturbation != "ori"
-        assert len(row.seeds) == (3 if random else row.protocol.task.endswith("_short"))
+        seeded = row.protocol.task.endswith(("_short", "_reference"))
+        assert len(row.seeds) == (3 if random else seeded)
     assert record.images == {"train": 300, "test": 300}
     # The gallery and the clean queries are the same pictures, so each query finds itself.
     assert top1(record, "pixels", "full") > 60
@@ -235,6 +237,9 @@ def test_an_evaluation_repeats_to_the_digit_and_brings_a_record_up_to_date(
         (["--tasks", "knn,magic"], "--tasks 'knn,magic': use a list of knn"),
         (["--networks", ""], "--networks '': use a list of model"),
         (["--baseline", "clever-resnet19"], "UnknownModelError"),
+        (["--dataset", "bogus"], "RecipeError: data: 1 problem"),
+        (["--dataset", "huggingface"], "hf_name is missing"),
+        (["--networks", "baseline"], "a baseline needs --baseline"),
     ],
 )
 def test_mistakes_on_the_command_line(runs: Path, tmp_path, arguments, message) -> None:
@@ -242,6 +247,77 @@ def test_mistakes_on_the_command_line(runs: Path, tmp_path, arguments, message) 
     assert result.exit_code == 2
     assert message in result.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of coloured, oblong pictures in two classes."""
+    root = tmp_path_factory.mktemp("photos")
+    colours = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name, start in (("bag", 0), ("coat", 30)):
+            (root / split / name).mkdir(parents=True)
+            for i, path in enumerate(sample_paths()[start : start + 12]):
+                tint = colours.uniform(0.3, 1, 3)
+                grey = np.asarray(Image.open(path).convert("RGB").resize((60, 44)))
+                Image.fromarray((grey * tint).astype(np.uint8)).save(
+                    root / split / name / f"{i}.png"
+                )
+    return root
+
+
+def test_a_vit_on_a_folder_of_coloured_pictures(photos: Path, tmp_path: Path) -> None:
+    encoder = clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=8)
+    encoder.save_pretrained(tmp_path / "vit")
+    arguments = [f"local-dir:{tmp_path / 'vit'}", "--dataset", "image-folder", "--data", photos]
+    arguments += ["-o", tmp_path / "out", "--networks", "model,pixels", "--reference-epochs", 2]
+    result = run_evaluation(
+        *arguments, "--tasks", "knn,linear_cached,linear_reference,equivariance"
+    )
+    assert result.exit_code == 0, result.output
+    record = Record.read(tmp_path / "out/results.json")
+    assert {r.at for r in record.results if r.protocol.task == "knn"} == {10.0, 20.0}
+    for task in ("linear_cached", "linear_reference"):
+        recipes = {
+            (r.protocol.features, r.part)
+            for r in record.results
+            if r.protocol.task == task and r.network == "vit_tiny"
+        }
+        assert len(recipes) == 3 * 3
+    assert "2 epochs" in record.tasks["linear_reference"]
+    assert "shortened" in record.tasks["linear_reference"]
+    # The gap between the interpolations is real: images are read whole, not from decoded squares.
+    spec = encoder.spec.preprocess
+    images = EvaluationImages(
+        list_images(DataConfig(dataset="image-folder"), photos, "test"), spec, "t"
+    )
+    assert not torch.equal(images.pixels(0, 4), images.pixels(0, 4, "bilinear"))
+    whole = [photos / "val" / "bag" / f"{i}.png" for i in (0, 1)]
+    expected = encoder.eval().embed(whole).full
+    ours = features_of(subject(encoder, "model", {}, 153))(images.pixels(0, 2))
+    np.testing.assert_allclose(ours.numpy(), expected, atol=1e-6)
+
+
+def test_an_encoder_without_a_split_has_no_numbers_for_halves(photos: Path, tmp_path) -> None:
+    encoder = clever_zoo.create_encoder("resnet18", invariant_dim=512)
+    spec = encoder.spec.preprocess.model_copy(update={"input_size_px": 32})
+    encoder.spec = encoder.spec.model_copy(update={"preprocess": spec})
+    encoder.save_pretrained(tmp_path / "whole")
+    arguments = [f"local-dir:{tmp_path / 'whole'}", "--dataset", "image-folder", "--data", photos]
+    arguments += ["-o", tmp_path / "out", "--networks", "model", "--tasks", "knn,equivariance"]
+    result = run_evaluation(*arguments)
+    assert result.exit_code == 0, result.output
+    assert {r.part for r in Record.read(tmp_path / "out/results.json").results} == {"full"}
+
+
+def test_large_pictures_give_small_raw_pixels(photos: Path) -> None:
+    spec = PreprocessSpec(input_size_px=64)
+    images = EvaluationImages(
+        list_images(DataConfig(dataset="image-folder"), photos, "test"), spec, "t"
+    )
+    control = raw_pixels(images)
+    assert features_of(control)(images.pixels(0, 2)).shape == (2, 3 * 32 * 32)
+    assert control.network.training == {"note": "averaged from 64 to 32 px"}
 
 
 def test_a_released_name_needs_a_place_for_its_record() -> None:
@@ -355,7 +431,7 @@ def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
     train = load_train_images(recipe.data, tmp_path / "data")
     pretrain.train(recipe, train, tmp_path / "run", stop_at_step=1)
     with pytest.raises(DataError, match="classes of train are missing: b"):
-        evaluate.evaluate(str(tmp_path / "run"), data=tmp_path / "data")
+        next(evaluate.evaluate(str(tmp_path / "run"), data=tmp_path / "data"))
 
 
 def test_folders_without_a_run_are_checkpoint_errors(runs: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from clever_zoo.registry import model_info
 from clever_zoo.samples import sample_class, sample_paths
 from training import finetune
 from training.config import DataConfig
-from training.data import ImageSet, TrainImages, check_classes, load_split
+from training.data import ImageSet, TrainImages, check_classes, list_images, load_split
 from training.subset import draw_subset, read_subset, write_subset
 
 NAMES = ("bag", "sandal", "trouser")
@@ -321,7 +321,7 @@ def test_bad_folders_end_with_one_message_and_no_number(tmp_path, images, empty,
 
 def test_test_images_go_through_the_encoders_own_transform(photos) -> None:
     classifier = create_classifier("clever-resnet18", 3, class_names=NAMES)
-    data = load_split(DataConfig(dataset="image-folder", image_size_px=28), photos, "test")
+    data = list_images(DataConfig(dataset="image-folder"), photos, "test")
     spec = classifier.encoder.spec.preprocess
     test = finetune.EvaluationImages(data, spec, "test")
     paths = sorted((photos / "test").rglob("*.png"))

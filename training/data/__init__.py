@@ -34,6 +34,7 @@ __all__ = [
     "TrainImages",
     "cached",
     "check_classes",
+    "list_images",
     "load_fashion_mnist",
     "load_split",
     "load_train_images",
@@ -115,6 +116,15 @@ def load_train_images(
             description="decode train",
         )
     )
+
+
+def list_images(
+    config: DataConfig, root: Path | None, split: Split, cache_folder: Path | None = None
+) -> ImageSet | ImageSource:
+    """The images of a split, not decoded where that can be avoided; see `load_split`."""
+    if config.dataset == "fashion-mnist":
+        return load_split(config, root, split)
+    return open_source(config, root, split, cache_folder=cache_folder)
 
 
 def check_classes(train: ImageSet | ImageSource, test: ImageSet | ImageSource) -> None:

@@ -4,20 +4,23 @@ python -m training.evaluate runs/clever-resnet18.fmnist --baseline runs/dino-res
 python -m training.evaluate clever-resnet18.fmnist -o evaluation --tasks knn,linear_cached
 """
 
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import torch
 import typer
+from pydantic import ValidationError
 
 from clever_zoo.cli import fail
 from clever_zoo.encoder import Encoder, usable_device
-from clever_zoo.errors import CleverZooError, DataError
+from clever_zoo.errors import CleverZooError, DataError, RecipeError
 from clever_zoo.records import RESULTS_FILENAME, Environment, Record, Role
+from clever_zoo.spec import PreprocessSpec, problem_lines
 from training.checkpoint import CHECKPOINT
-from training.config import DataConfig, load_recipe
-from training.data import check_classes, load_split
+from training.config import DataConfig, Recipe, load_recipe, merged, parse_override
+from training.data import check_classes, list_images, load_split
 from training.evaluate.inputs import (
     EvaluationImages,
     Subject,
@@ -28,12 +31,13 @@ from training.evaluate.inputs import (
 )
 from training.evaluate.perturb import PERTURBATIONS
 from training.evaluate.report import REPORT, write_page
-from training.evaluate.suite import TASKS, Task, evaluate_subject
-from training.provenance import environment
+from training.evaluate.suite import Task, evaluate_subject, task_texts
+from training.provenance import environment, library_versions
 from training.runs import load_run
 
 ROLES: tuple[Role, ...] = get_args(Role)
 TASK_GROUPS: tuple[Task, ...] = get_args(Task)
+CROPPING = {"linear_reference", "finetune"}  # tasks that make new crops of the training images
 
 
 def evaluate(
@@ -42,90 +46,109 @@ def evaluate(
     baseline: str | None = None,
     data: Path | None = None,
     dataset: str | None = None,
+    overrides: Sequence[str] = (),
     tasks: Collection[Task] = TASK_GROUPS,
     roles: Collection[Role] = ROLES,
     reference_epochs: int = 100,
     device: str = "cpu",
-) -> Record:
-    """Measure a model and its controls.
+) -> Iterator[Record]:
+    """Measure a model and its controls; yields a record after each network.
 
     Args:
         source: A run's folder or a source of `clever_zoo.from_pretrained`.
         baseline: The same of a network whose features are cut at the model's index.
         data: Folder of the data set.
         dataset: Name of the data set; None for the one the model was trained on.
+        overrides: Values of the data section, such as "hf_name=org/name".
         tasks: What to measure.
-        roles: Which networks to measure; the record names the others too if they are given.
+        roles: Which networks to measure.
         reference_epochs: Epochs of the task "linear_reference".
         device: Where the features are computed.
 
     Raises:
         CheckpointError, UnknownModelError: If a source cannot be read.
-        DataError: If the data or the baseline does not fit.
+        DataError, RecipeError: If the data, their description or the baseline does not fit.
         NonFiniteError: If a feature is not finite.
     """
     encoder, training = load_encoder(source, device)
-    config, seed = _data_and_seed(source, encoder, dataset)
-    train, test = (
-        EvaluationImages(load_split(config, data, split), encoder.spec.preprocess, split)
-        for split in ("train", "test")
-    )
-    check_classes(train.data, test.data)
+    recipe = _recipe(source, encoder)
+    config = _data_config(source, recipe, encoder.spec.preprocess, dataset, overrides)
+    seed = recipe.seed if recipe else 0
     cut = encoder.spec.invariant_dim
-    subjects = [subject(encoder, "model", training, cut)]
-    if baseline is not None:
-        subjects.append(_baseline(baseline, encoder, device))
+    other = None if baseline is None else _baseline(baseline, encoder, device)
+    stored = [list_images(config, data, split) for split in ("train", "test")]
+    check_classes(*stored)
+    train, test = (
+        EvaluationImages(images, encoder.spec.preprocess, split)
+        for images, split in zip(stored, ("train", "test"), strict=True)
+    )
+    crops = load_split(config, data, "train") if CROPPING & set(tasks) else None
     fresh = untrained(encoder.spec, seed).to(usable_device(device))
-    subjects += [subject(fresh, "untrained", {"seed": seed}, cut), raw_pixels(train.data)]
+    subjects = [
+        subject(encoder, "model", training, cut),
+        *([other] if other else []),
+        subject(fresh, "untrained", {"seed": seed}, cut),
+        raw_pixels(train),
+    ]
     chosen = [s for s in subjects if s.network.role in roles]
-    results = [
-        row
-        for number, s in enumerate(chosen, 1)
-        for row in evaluate_subject(
+    texts = task_texts(reference_epochs, seed)
+    for number, s in enumerate(chosen, 1):
+        results = evaluate_subject(
             s,
             train,
             test,
             tasks,
+            crops=crops,
             reference_epochs=reference_epochs,
+            seed=seed,
             label=f"{number}/{len(chosen)} {s.network.name}",
         )
-    ]
-    return Record(
-        model=encoder.spec.name,
-        dataset=config.dataset,
-        invariant_dim=cut,
-        images={"train": len(train), "test": len(test)},
-        tasks={name: TASKS[name] for name in _tasks_of(results)},
-        perturbations={name: PERTURBATIONS[name].text for name in _perturbations_of(results)},
-        networks=tuple(s.network for s in chosen),
-        environments=(Environment(**environment(device)),),
-        results=tuple(results),
-    )
+        used = [row.protocol for row in results]
+        yield Record(
+            model=encoder.spec.name,
+            dataset=config.dataset,
+            invariant_dim=cut,
+            images={"train": len(train), "test": len(test)},
+            tasks={p.task: texts[p.task] for p in used},
+            perturbations={p.perturbation: PERTURBATIONS[p.perturbation].text for p in used},
+            networks=(s.network,),
+            environments=(Environment(**environment(device), versions=library_versions()),),
+            results=tuple(results),
+        )
 
 
-def _tasks_of(results: Sequence[Any]) -> list[str]:
-    return list(dict.fromkeys(row.protocol.task for row in results))
-
-
-def _perturbations_of(results: Sequence[Any]) -> list[str]:
-    return list(dict.fromkeys(row.protocol.perturbation for row in results))
-
-
-def _data_and_seed(source: str, encoder: Encoder, dataset: str | None) -> tuple[DataConfig, int]:
-    """The data section to read images by, and the seed that training started from."""
-    if dataset is not None:
-        spec = encoder.spec.preprocess
-        return DataConfig(dataset=dataset, image_size_px=spec.resize_px), 0  # type: ignore[arg-type]
+def _recipe(source: str, encoder: Encoder) -> Recipe | None:
+    """The recipe of a run or of a released model."""
     if (Path(source) / CHECKPOINT).is_file():
-        recipe = load_run(Path(source))[0]
-    elif encoder.spec.provenance is not None:
-        recipe = load_recipe(encoder.spec.provenance.recipe)
-    else:
+        return load_run(Path(source))[0]
+    provenance = encoder.spec.provenance
+    return load_recipe(provenance.recipe) if provenance else None
+
+
+def _data_config(
+    source: str,
+    recipe: Recipe | None,
+    spec: PreprocessSpec,
+    dataset: str | None,
+    overrides: Sequence[str],
+) -> DataConfig:
+    if dataset is None and recipe is None:
         raise DataError(
             f"{source} does not say what it was trained on; pass --dataset, such as "
             "--dataset image-folder --data DIR"
         )
-    return recipe.data, recipe.seed
+    content: dict[str, Any] = (
+        {"dataset": dataset, "image_size_px": max(spec.resize_px, 8)}
+        if dataset is not None
+        else recipe.data.model_dump()
+    )
+    for override in overrides:
+        content = merged(content, parse_override(override))
+    try:
+        # As JSON, because strict validation takes a list for a tuple there only.
+        return DataConfig.model_validate_json(json.dumps(content, default=str))
+    except ValidationError as error:
+        raise RecipeError("data", problem_lines(error)) from error
 
 
 def _baseline(source: str, encoder: Encoder, device: str) -> Subject:
@@ -151,6 +174,13 @@ def main(
     source: Annotated[
         str, typer.Argument(help="Folder of a run, a released name, or local-dir:PATH.")
     ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Values of the recipe's data section: hf_name, shards, image_size_px, cache ...",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of results.json and report.html; a run's own."),
@@ -176,9 +206,10 @@ def main(
 ) -> None:
     """Evaluate a model by part, beside its DINO baseline, the untrained network and raw pixels.
 
-    k-NN, linear probes on clean and perturbed images, and what each half tells of rotation, crop,
-    flip and colour. An existing results.json is brought up to date: rows measured now replace
-    theirs, rows of other weights under the same name are dropped.
+    k-NN, linear probes on clean and perturbed images, what each half tells of rotation, crop, flip
+    and colour, and fine-tuning. An existing results.json is brought up to date network by network:
+    rows measured now replace theirs, and rows of other weights under the same name, or of a task
+    that is defined otherwise now, are dropped.
 
     Example: python -m training.evaluate clever-resnet18.fmnist -o evaluation --tasks knn
     """
@@ -189,20 +220,23 @@ def main(
         folder = output or Path(source)
         if output is None and not (folder / CHECKPOINT).is_file():
             raise DataError(f"{source} is no run, so say where the record goes: --output FOLDER")
-        record = evaluate(
+        path = folder / RESULTS_FILENAME
+        record = Record.read(path) if path.exists() else None
+        for measured in evaluate(
             source,
             baseline=baseline,
             data=data,
             dataset=dataset,
+            overrides=overrides or (),
             tasks=_chosen(tasks, TASK_GROUPS, "--tasks"),
             roles=_chosen(networks, ROLES, "--networks"),
             reference_epochs=reference_epochs,
             device=device,
-        )
-        path = folder / RESULTS_FILENAME
-        if path.exists():
-            record = Record.read(path).updated(record)
-        record.write(path)
+        ):
+            record = measured if record is None else record.updated(measured)
+            record.write(path)
+        if record is None:
+            raise DataError("there is nothing to measure: a baseline needs --baseline")
         write_page(record, folder / REPORT)
     except (CleverZooError, OSError) as error:
         fail(error)

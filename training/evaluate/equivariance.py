@@ -41,6 +41,7 @@ HIDDEN_DIMS = (256, 256)
 EPOCHS = 30
 DRIFT_ANGLES_DEG = range(-180, 181, 15)
 DRIFT_IMAGES = 1000
+TRAIN_IMAGES = 20_000
 MIN_TRAIN_IMAGES = 20
 # Two seeds, so that image i of the two splits does not share its draw.
 TRAIN_SEED, TEST_SEED = 1, 0
@@ -52,7 +53,7 @@ _QUARTER, _FLIP, _PAIR, _CROP = 0, 1, 2, 4
 Samples = NDArray[np.integer]
 Values = NDArray[np.floating]
 
-TASKS: Mapping[str, str] = {
+_READINGS: Mapping[str, str] = {
     "angle": (
         "rotation uniform in ±90°, black outside the inscribed circle; ridge regression (penalty "
         f"{RIDGE_PENALTY:g}, standardised features) to (sin, cos): R², mean of the two, and mean "
@@ -83,10 +84,17 @@ TASKS: Mapping[str, str] = {
         f"{RIDGE_PENALTY:g}, standardised features) to its four factors: R² of each; on grey "
         "pictures saturation and hue change nothing, so that theirs is near 0"
     ),
+}
+TASKS: Mapping[str, str] = {
+    **{
+        name: f"{text}; fitted on the first {TRAIN_IMAGES:,} training images (seed {TRAIN_SEED}), "
+        f"scored on the test images (seed {TEST_SEED})"
+        for name, text in _READINGS.items()
+    },
     "drift": (
         "distance between the features of a rotated and of the upright image over the length of "
         "the latter, black outside the inscribed circle; mean over the first "
-        f"{DRIFT_IMAGES} test images"
+        f"{DRIFT_IMAGES:,} test images"
     ),
 }
 
@@ -309,8 +317,6 @@ def measure(
     train: EvaluationImages,
     test: EvaluationImages,
     *,
-    train_limit: int = 20_000,
-    test_limit: int | None = None,
     description: str = "equivariance",
 ) -> list[Reading]:
     """Every reading of one network; see `TASKS`.
@@ -319,16 +325,13 @@ def measure(
         features: From `features_of`.
         cut: Index at which the features are cut into halves; None for the full vector alone.
         train, test: What is fitted on and what is scored.
-        train_limit: Training images that are used, the first ones.
-        test_limit: The same of the test images; None for all.
         description: For the progress bar.
 
     Raises:
         NonFiniteError: If a feature is not finite, or an image's features are all 0.
         DataError: If there are too few images.
     """
-    count = min(len(train), train_limit)
-    test_count = min(len(test), len(test) if test_limit is None else test_limit)
+    count, test_count = min(len(train), TRAIN_IMAGES), len(test)
     if count < MIN_TRAIN_IMAGES or test_count < 2:
         raise DataError(
             f"equivariance is to be measured with {count} training and {test_count} test image(s); "
@@ -374,9 +377,9 @@ def _readings(
 
 
 def _side_by_side(embedded: Sequence[Tensor], cut: int | None) -> dict[Part, Tensor]:
-    """By part, that part of several (N, D) features beside each other; without empty parts."""
+    """By part, that part of several (N, D) features beside each other."""
     split = [parts_of(features, cut) for features in embedded]
-    return {p: torch.cat([s[p] for s in split], dim=1) for p, x in split[0].items() if x.shape[1]}
+    return {part: torch.cat([s[part] for s in split], dim=1) for part in split[0]}
 
 
 def _drift(

@@ -1,7 +1,9 @@
 """What evaluations read: networks under test, and images through the evaluation transform."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from PIL import Image
 from rich.progress import track
 from safetensors.torch import load
 from torch import Tensor
+from torch.nn import functional as F
 
 from clever_zoo.embedding import Part, split_features
 from clever_zoo.encoder import Encoder, evaluating, from_pretrained, pack_weights, usable_device
@@ -21,13 +24,14 @@ from clever_zoo.records import Interpolation, Network, Role
 from clever_zoo.spec import ModelSpec, PreprocessSpec, WeightFile
 from training.checkpoint import CHECKPOINT
 from training.config import BackboneConfig
-from training.data import ImageSet
+from training.data import ImageSet, ImageSource
 from training.evaluate.perturb import perturb
 from training.networks import build_student
 from training.pretrain import preprocess_spec
 from training.runs import load_run
 
 BATCH_SIZE = 256
+PIXELS_SIZE_PX = 32  # larger pictures would give the raw-pixel control 150,000 values
 _CACHED_BYTES = 4 << 30
 
 Features = Callable[[Tensor], Tensor]  # (B, 3, s, s) float 0..255 -> (B, D)
@@ -119,19 +123,21 @@ def untrained(spec: ModelSpec, seed: int) -> Encoder:
     return as_released(fresh, build_student(backbone, seed).state_dict())
 
 
-def raw_pixels(data: ImageSet) -> Subject:
-    """The control without a network: the bytes that the networks see."""
-    network = Network(name="pixels", role="pixels")
-    return Subject(network, None, None, grey=data.images.shape[1] == 1)
-
-
 class EvaluationImages:
     """One split through the evaluation transform: short side resized, centre cut.
 
     Squares are kept as bytes where they fit into 4 GB, else made anew at each pass.
     """
 
-    def __init__(self, data: ImageSet, spec: PreprocessSpec, split: str) -> None:
+    def __init__(self, data: ImageSet | ImageSource, spec: PreprocessSpec, split: str) -> None:
+        """Read nothing yet.
+
+        Args:
+            data: Images as they are stored; a source reads them whole, so that the transform is
+                the released encoder's to the bit.
+            spec: The transform.
+            split: Its name, for messages.
+        """
         self.data, self.spec, self.split = data, spec, split
         self._kept: dict[Interpolation, Tensor] = {}
 
@@ -162,15 +168,23 @@ class EvaluationImages:
         return squares.float()
 
     def _squares(self, start: int, stop: int, interpolation: Interpolation) -> Tensor:
-        size = self.spec.input_size_px
-        out = torch.empty(stop - start, 3, size, size, dtype=torch.uint8)
-        for i, image in enumerate(self.data.images[start:stop]):
-            array = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
-            square = crop_pixels(
-                Image.fromarray(array), self.spec.resize_px, size, interpolation=interpolation
+        def square(index: int) -> Tensor:
+            pixels = crop_pixels(
+                Image.fromarray(self._whole(index)),
+                self.spec.resize_px,
+                self.spec.input_size_px,
+                interpolation=interpolation,
             )
-            out[i] = torch.from_numpy(square).permute(2, 0, 1)
-        return out
+            return torch.from_numpy(pixels).permute(2, 0, 1)
+
+        with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter's lock
+            return torch.stack(list(pool.map(square, range(start, stop))))
+
+    def _whole(self, index: int) -> NDArray[np.uint8]:
+        if isinstance(self.data, ImageSet):
+            image = self.data.images[index].expand(3, -1, -1)
+            return image.permute(1, 2, 0).contiguous().numpy()
+        return self.data.read(index)
 
     def batches(
         self, interpolation: Interpolation = "bicubic", *, limit: int | None = None
@@ -188,6 +202,23 @@ def normalized(pixels: Tensor, spec: PreprocessSpec) -> Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
+def raw_pixels(images: EvaluationImages) -> Subject:
+    """The control without a network: the bytes that the networks see, as 32 x 32 at most."""
+    size = images.spec.input_size_px
+    note = (
+        {} if size <= PIXELS_SIZE_PX else {"note": f"averaged from {size} to {PIXELS_SIZE_PX} px"}
+    )
+    grey = isinstance(images.data, ImageSet) and images.data.images.shape[1] == 1
+    return Subject(Network(name="pixels", role="pixels", training=note), None, None, grey=grey)
+
+
+def _pixel_values(pixels: Tensor, *, channels: int) -> Tensor:
+    x = pixels[:, :channels] / 255
+    if x.shape[-1] > PIXELS_SIZE_PX:
+        x = F.adaptive_avg_pool2d(x, PIXELS_SIZE_PX)
+    return x.flatten(1)
+
+
 def features_of(subject: Subject, blocks: int = 1) -> Features:
     """Features of byte-valued pixels: (B, 3, s, s) float 0..255 -> (B, blocks * D), on the CPU.
 
@@ -198,8 +229,7 @@ def features_of(subject: Subject, blocks: int = 1) -> Features:
     """
     encoder = subject.encoder
     if encoder is None:
-        channels = 1 if subject.grey else 3
-        return lambda pixels: pixels[:, :channels].flatten(1) / 255
+        return partial(_pixel_values, channels=1 if subject.grey else 3)
 
     def features(pixels: Tensor) -> Tensor:
         with evaluating(encoder), torch.inference_mode():
@@ -278,16 +308,17 @@ def parts_of(
     """Features (N, blocks * D) by part.
 
     Args:
-        cut: Index of the cut in one block's D features; None gives the full vector alone.
+        cut: Index of the cut in one block's D features; None or D, which cuts nothing off, give
+            the full vector alone.
         blocks: Number of blocks side by side.
         per_block: Cut every block; otherwise, as the authors' evaluation does, the equivariant
             half is that of the last block and everything else counts as invariant.
 
     Source: the authors' ``eval_linear.py`` keeps all but the last D - cut numbers as its "IR".
     """
-    if cut is None:
-        return {"full": features}
     width = features.shape[1] // blocks
+    if cut in (None, width):
+        return {"full": features}
     if per_block:
         halves = split_features(features.unflatten(1, (blocks, width)), cut)
         return {"full": features, **{k: v.flatten(1) for k, v in halves._asdict().items()}}

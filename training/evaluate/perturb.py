@@ -75,7 +75,6 @@ PERTURBATIONS: Mapping[str, Perturbation] = {
     "r_masked": Perturbation(
         "rotation in ±90°, black outside the inscribed circle", max_angle_deg=90.0, masked=True
     ),
-    "masked": Perturbation("black outside the inscribed circle", masked=True),
 }
 
 

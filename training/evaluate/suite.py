@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from clever_zoo.classifier import create_classifier
 from clever_zoo.embedding import Part
-from clever_zoo.errors import NonFiniteError
-from clever_zoo.records import Interpolation, Protocol, Result
-from training.data import TrainImages
-from training.evaluate import equivariance, linear
+from clever_zoo.errors import DataError, NonFiniteError
+from clever_zoo.records import FeatureRecipe, Interpolation, Protocol, Result
+from training.data import ImageSet, TrainImages
+from training.evaluate import equivariance
 from training.evaluate.inputs import (
     EvaluationImages,
     Subject,
@@ -27,38 +27,40 @@ from training.evaluate.inputs import (
 from training.evaluate.knn import TEMPERATURE, knn_scores
 from training.evaluate.linear import fit_cached, fit_reference, top_k
 from training.evaluate.perturb import PERTURBATIONS
-from training.finetune import finetune, load_config
+from training.finetune import FinetuneConfig, finetune, load_config, settings_text
 
 Task = Literal["knn", "linear_cached", "linear_reference", "equivariance", "finetune"]
 
 NEIGHBORS = (10, 20, 100, 200)
 SEEDS = (0, 1, 2)
+FINETUNES = ("frozen_short", "finetune_short")  # the head alone, and head and encoder
 KNN_PERTURBATIONS = ("ori", "r", "cj_r")
 LINEAR_PERTURBATIONS = tuple(name for name, p in PERTURBATIONS.items() if not p.masked)
 BILINEAR_PERTURBATIONS = ("ori", "cj_r")  # where the gap between the interpolations is measured
 
-TASKS: Mapping[str, str] = {
-    "knn": (
-        f"weighted k-NN, cosine, votes exp(similarity / {TEMPERATURE}); gallery: all training "
-        "images, unperturbed; queries: the test images; parts cut before normalising"
-    ),
-    "linear_cached": (
-        "logistic regression to convergence (L2 penalty 1) on standardised features of the "
-        "centre crops of all training images; scored with its only solution, so 'last'"
-    ),
-    "linear_reference": (
-        "the published probe: random resized crops (bilinear) and flips at every epoch, SGD with "
-        "momentum 0.9, learning rate 0.001 x batch / 256, cosine to 0, batch 256; perturbed images "
-        "resized bilinearly and scored with the last epoch's probe; 'best' is the best epoch, "
-        "chosen on the test images"
-    ),
-    **equivariance.TASKS,
-    "frozen_short": (
-        "the linear head alone, trained on random crops and flips with the preset 'short' of "
-        "training.finetune; 'best' is the best epoch, chosen on the test images"
-    ),
-    "finetune_short": ("head and encoder together, else as frozen_short"),
-}
+
+def task_texts(reference_epochs: int = 100, seed: int = 0) -> dict[str, str]:
+    """What each task of a record is; a task whose text changed is another task."""
+    shortened = "" if reference_epochs == 100 else ", shortened"
+    return {
+        "knn": (
+            f"weighted k-NN, cosine, votes exp(similarity / {TEMPERATURE}); gallery: all training "
+            "images, unperturbed; queries: the test images; parts cut before normalising"
+        ),
+        "linear_cached": (
+            "logistic regression to convergence (L2 penalty 1) on standardised features of the "
+            "centre crops of all training images; scored with its only solution, so 'last'"
+        ),
+        "linear_reference": (
+            f"the published probe{shortened}: random resized crops (bilinear) and flips at every "
+            f"epoch, {reference_epochs} epochs of SGD with momentum 0.9, learning rate 0.001 x "
+            f"batch / 256, cosine to 0, batch 256, seed {seed}; perturbed images resized "
+            "bilinearly and scored "
+            "with the last epoch's probe; 'best' is the best epoch, chosen on the test images"
+        ),
+        **equivariance.TASKS,
+        **{name: settings_text(_finetune_config(name)) for name in FINETUNES},
+    }
 
 
 class Condition(NamedTuple):
@@ -120,15 +122,14 @@ class Rows:
         ]
 
 
-Recipe = Literal["last1", "last4_reference", "last4_per_block"]
-
-
-def feature_recipes(blocks: int) -> tuple[Recipe, ...]:
+def feature_recipes(blocks: int) -> tuple[FeatureRecipe, ...]:
     """The ways in which features of so many blocks are cut into parts."""
     return ("last1",) if blocks == 1 else ("last4_reference", "last4_per_block")
 
 
-def _cut(features: Tensor, subject: Subject, blocks: int, recipe: Recipe) -> dict[Part, Tensor]:
+def _cut(
+    features: Tensor, subject: Subject, blocks: int, recipe: FeatureRecipe
+) -> dict[Part, Tensor]:
     per_block = recipe == "last4_per_block"
     return parts_of(features, subject.cut, blocks=blocks, per_block=per_block)
 
@@ -139,8 +140,9 @@ def evaluate_subject(
     test: EvaluationImages,
     tasks: Collection[Task],
     *,
+    crops: ImageSet | None = None,
     reference_epochs: int = 100,
-    reference_seed: int = 0,
+    seed: int = 0,
     label: str = "",
 ) -> list[Result]:
     """Every row of one network.
@@ -149,8 +151,10 @@ def evaluate_subject(
         subject: The network, or raw pixels.
         train, test: Both splits, with the same classes.
         tasks: What to measure.
+        crops: The training images as stored, of which "linear_reference" and "finetune" take new
+            crops at every epoch; needed by these alone.
         reference_epochs: Epochs of "linear_reference"; the published protocol has 100.
-        reference_seed: Of its crops and initial weights.
+        seed: Of the crops and initial weights of "linear_reference".
         label: For the progress bars.
 
     Raises:
@@ -166,16 +170,16 @@ def evaluate_subject(
             _reference_probe(
                 rows,
                 subject,
-                train,
+                crops,
                 test,
                 blocks=blocks,
                 epochs=reference_epochs,
-                seed=reference_seed,
+                seed=seed,
                 label=label,
             )
     if "finetune" in tasks and subject.network.role == "model":
-        for task, freeze in (("frozen_short", True), ("finetune_short", False)):
-            _finetune(rows, subject, train, test, task, freeze=freeze)
+        for task in FINETUNES:
+            _finetune(rows, subject, crops, test, task)
     if "equivariance" in tasks:
         readings = equivariance.measure(
             features_of(subject), subject.cut, train, test, description=label
@@ -237,6 +241,12 @@ def _classify(
     blocks: int,
     label: str,
 ) -> None:
+    conditions = _conditions(tasks, blocks)
+    if not conditions:
+        return
+    ks = [k for k in NEIGHBORS if k <= len(train)]
+    if "knn" in tasks and not ks:
+        raise DataError(f"{len(train)} training images; k-NN needs at least {min(NEIGHBORS)}")
     train.prepare("bicubic")
     classes = len(train.data.class_names)
     features = embed_images(features_of(subject, blocks), train)
@@ -255,7 +265,6 @@ def _classify(
                 "minimum; look at the features, or leave linear_cached out of --tasks"
             )
     fit_s = (time.monotonic() - started) / max(len(probes), 1)
-    conditions = _conditions(tasks, blocks)
     last = f"{label}: k-NN, linear" if blocks == 1 else f"{label}: linear, last {blocks} blocks"
     for condition, raw, embed_s in _test_features(subject, test, conditions, blocks, last):
         for recipe in gallery:
@@ -264,7 +273,7 @@ def _classify(
                 if "knn" in tasks and recipe == "last1" and _has_knn(condition):
                     started = time.monotonic()
                     votes = knn_scores(
-                        gallery[recipe][part], train.labels, x, ks=NEIGHBORS, classes=classes
+                        gallery[recipe][part], train.labels, x, ks=ks, classes=classes
                     )
                     seconds = embed_s + time.monotonic() - started
                     for k, scores in votes.items():
@@ -285,11 +294,11 @@ def _top1_top5(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def _adder(
-    rows: Rows, recipe: Recipe, condition: Condition, part: Part, n: int
+    rows: Rows, recipe: FeatureRecipe, condition: Condition, part: Part, n: int
 ) -> Callable[..., None]:
     def add(task: str, metric: str, value: float, **facts: Any) -> None:
         protocol = Protocol(task=task, features=recipe, **condition._asdict())
-        rows.add(protocol, part, metric, value, n=n, seeds=condition.seeds, **facts)
+        rows.add(protocol, part, metric, value, n=n, **({"seeds": condition.seeds} | facts))
 
     return add
 
@@ -297,7 +306,7 @@ def _adder(
 def _reference_probe(
     rows: Rows,
     subject: Subject,
-    train: EvaluationImages,
+    crops: ImageSet,
     test: EvaluationImages,
     *,
     blocks: int,
@@ -313,17 +322,17 @@ def _reference_probe(
         for part in _cut(clean[:1], subject, blocks, recipe)
     ]
 
-    def slices(recipe: Recipe, part: Part) -> Callable[[Tensor], Tensor]:
+    def slices(recipe: FeatureRecipe, part: Part) -> Callable[[Tensor], Tensor]:
         return lambda features: _cut(features, subject, blocks, recipe)[part]
 
     named = {f"{recipe}/{part}": slices(recipe, part) for recipe, part in keys}
     fitted = fit_reference(
         features_of(subject, blocks),
-        train.data.images,
-        train.labels,
+        crops.images,
+        crops.labels,
         named,
-        len(train.data.class_names),
-        size_px=train.spec.input_size_px,
+        len(crops.class_names),
+        size_px=test.spec.input_size_px,
         seed=seed,
         epochs=epochs,
         test={name: cut(clean) for name, cut in named.items()},
@@ -333,41 +342,45 @@ def _reference_probe(
     seconds = time.monotonic() - started
     for (recipe, part), probe in zip(keys, fitted.values(), strict=True):
         add = _adder(rows, recipe, Condition("ori", "bicubic"), part, len(test))
-        add("linear_reference", "top1_last", probe.top1[-1], seconds=seconds)
-        add("linear_reference", "top1_best", max(probe.top1), seconds=seconds)
+        add("linear_reference", "top1_last", probe.top1[-1], seconds=seconds, seeds=(seed,))
+        add("linear_reference", "top1_best", max(probe.top1), seconds=seconds, seeds=(seed,))
     # As published: bicubic for clean images, bilinear for perturbed ones.
     perturbed = [Condition(n, "bilinear") for n in LINEAR_PERTURBATIONS if n != "ori"]
     last = f"{label}: linear_reference, perturbed"
     for condition, raw, embed_s in _test_features(subject, test, perturbed, blocks, last):
         for recipe, part in keys:
             name = f"{recipe}/{part}"
-            top1 = linear.top_k(fitted[name].probe.scores(named[name](raw)), test.labels, 1)
+            top1 = top_k(fitted[name].probe.scores(named[name](raw)), test.labels, 1)
             add = _adder(rows, recipe, condition, part, len(test))
             add("linear_reference", "top1_last", top1, seconds=embed_s)
 
 
+def _finetune_config(task: str) -> FinetuneConfig:
+    freeze = str(task == "frozen_short").lower()
+    return load_config("short", "fake", [f"freeze={freeze}"])  # the images are given, not read
+
+
 def _finetune(
-    rows: Rows,
-    subject: Subject,
-    train: EvaluationImages,
-    test: EvaluationImages,
-    task: str,
-    *,
-    freeze: bool,
+    rows: Rows, subject: Subject, crops: ImageSet, test: EvaluationImages, task: str
 ) -> None:
     assert subject.encoder is not None
-    config = load_config("short", "fake", [f"freeze={str(freeze).lower()}"])
+    config = _finetune_config(task)
     torch.manual_seed(config.seed)
     classifier = create_classifier(
         subject.encoder,
-        len(train.data.class_names),
-        freeze_encoder=freeze,
-        class_names=train.data.class_names,
+        len(crops.class_names),
+        freeze_encoder=config.freeze,
+        class_names=crops.class_names,
     )
-    result = finetune(
-        classifier, TrainImages(train.data), train.labels, np.arange(len(train)), test, config
-    )
+    everything = np.arange(len(crops))
+    result = finetune(classifier, TrainImages(crops), crops.labels, everything, test, config)
     for metric in ("top1_last", "top1_best"):
-        value = getattr(result, metric)
-        protocol = Protocol(task=task)
-        rows.add(protocol, "full", metric, value, n=len(test), seeds=(0,), seconds=result.seconds)
+        rows.add(
+            Protocol(task=task),
+            "full",
+            metric,
+            getattr(result, metric),
+            n=len(test),
+            seeds=(config.seed,),
+            seconds=result.seconds,
+        )
