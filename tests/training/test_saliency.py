@@ -1,6 +1,5 @@
 """TokenCut: the cut, the scores against plain counting, the layouts, and what is refused."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from typer.testing import CliRunner
 import clever_zoo
 from clever_zoo.encoder import Encoder
 from clever_zoo.errors import DataError, NonFiniteError, ShapeError
+from clever_zoo.records import Record
 from tests import oracles
 from training.evaluate import saliency
 from training.evaluate.saliency import (
@@ -142,10 +142,18 @@ def test_the_command_prints_and_writes_the_scores(tmp_path: Path, vit: Encoder) 
     app = saliency.typer.Typer()
     app.command()(saliency.main)
     arguments = [f"local-dir:{tmp_path / 'vit'}", "--dataset", "ecssd", "--data", str(data)]
-    result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "scores.json")])
+    result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "scores")])
     assert result.exit_code == 0, result.output
-    record = json.loads((tmp_path / "scores.json").read_text())
-    assert f"IoU {record['iou']:.3f}" in result.output
+    record = Record.read(tmp_path / "scores/results.json")
+    means = {r.metric: r.mean for r in record.results}
+    for name, metric in (("maxF", "max_f"), ("IoU", "iou"), ("accuracy", "accuracy")):
+        assert f"{name} {means.pop(metric):.3f}" in result.output
+    assert not means
+    assert {(r.part, r.split, r.n) for r in record.results} == {("full", "test", 2)}
+    assert (record.dataset, record.images) == ("ecssd", {"test": 2})
+    assert "halves do not exist" in record.tasks["saliency"]
+    saved = clever_zoo.from_pretrained(f"local-dir:{tmp_path / 'vit'}").spec
+    assert record.networks[0].sha256 == saved.weights.sha256
     (data / "ground_truth_mask/0001.png").unlink()
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import clever_zoo
 from clever_zoo.errors import CleverZooError, DataError, NonFiniteError, ShapeError
+from clever_zoo.records import Record
 from tests import oracles
 from training import pretrain
 from training.config import load_recipe
@@ -162,6 +163,18 @@ def test_an_object_nobody_predicts_scores_zero() -> None:
     assert [s.j_mean for s in scores] == [1, 0]
 
 
+def test_objects_are_those_of_the_first_mask() -> None:
+    truth = np.zeros((4, 20, 20), np.uint8)
+    truth[:, :5] = 1
+    truth[1:, 10:] = 2
+    truth[0, 15:] = 255
+    predicted = np.where(truth == 1, 1, 0).astype(np.uint8)
+    scores = score_sequence("late", predicted, truth)
+    assert [(s.object_id, s.j_mean) for s in scores] == [(1, 1)]
+    with pytest.raises(DataError, match="'later' has no annotated object in its first mask"):
+        score_sequence("later", predicted, np.where(truth == 2, truth, 0))
+
+
 def test_the_palette_is_that_of_davis(tmp_path: Path) -> None:
     colors = np.array(palette()).reshape(256, 3)
     assert colors[[0, 1, 2, 3, 4, 8, 255]].tolist() == [
@@ -211,11 +224,23 @@ def test_the_command_writes_masks_and_scores(davis: Path, tmp_path: Path) -> Non
     arguments = [f"local-dir:{tmp_path / 'vit'}", "--data", str(davis), "-o", str(tmp_path / "o")]
     result = CliRunner().invoke(app, [*arguments, "--short-side-px", "64", "--part", "invariant"])
     assert result.exit_code == 0, result.output
-    record = json.loads((tmp_path / "o/scores.json").read_text())
-    assert len(record["objects"]) == 4
-    assert 0 < record["j_and_f"] <= 1
-    assert record["part"] == "invariant"
-    assert f"J&F {record['j_and_f']:.3f}" in result.output
+    objects = json.loads((tmp_path / "o/scores.json").read_text())
+    assert [(o["sequence"], o["object_id"]) for o in objects] == [
+        ("squares", 1), ("squares", 2), ("briefly", 1), ("briefly", 2),
+    ]  # fmt: skip
+    record = Record.read(tmp_path / "o/results.json")
+    means = {row.metric: row.mean for row in record.results}
+    for metric in ("j_mean", "j_recall", "f_mean", "f_recall"):
+        assert means[metric] == pytest.approx(np.mean([o[metric] for o in objects]))
+    assert means["j_and_f"] == pytest.approx((means["j_mean"] + means["f_mean"]) / 2)
+    assert len(means) == 5
+    assert {(r.part, r.split, r.n) for r in record.results} == {("invariant", "val", 4)}
+    assert (record.dataset, record.images) == ("davis-2017", {"val": FRAMES + 4})
+    assert record.tasks["segmentation"].startswith(segmentation.PROTOCOL)
+    assert "short side of 64 px" in record.tasks["segmentation"]
+    saved = clever_zoo.from_pretrained(f"local-dir:{tmp_path / 'vit'}").spec
+    assert record.networks[0].sha256 == saved.weights.sha256
+    assert f"J&F {means['j_and_f']:.3f}" in result.output
     written = sorted((tmp_path / "o/squares").glob("*.png"))
     assert [p.name for p in written] == [f"{i:05d}.png" for i in range(FRAMES)]
     assert read_mask(written[-1]).shape == (HEIGHT, WIDTH)

@@ -26,10 +26,10 @@ from clever_zoo.encoder import Encoder, evaluating
 from clever_zoo.errors import CleverZooError, DataError, ShapeError
 from clever_zoo.files import write_atomic
 from clever_zoo.preprocess import image_pixels, load_image, normalize_pixels
+from clever_zoo.records import PARTS
 from training.evaluate.dense import PartChoice, check_finite, part_of
 from training.evaluate.inputs import load_encoder
 
-PARTS: tuple[Part, ...] = ("full", "invariant", "equivariant")
 MIN_MAP_SIDE = 4
 MAX_ROWS = 100
 _FLAT = 1e-7

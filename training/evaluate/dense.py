@@ -1,5 +1,6 @@
-"""What the dense evaluations share: patches of any encoder, and one part of them."""
+"""What the dense evaluations share: patches of any encoder, one part of them, and the record."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 import torch
@@ -8,7 +9,10 @@ from torch import Tensor
 from clever_zoo.embedding import Part, split_features
 from clever_zoo.encoder import Encoder
 from clever_zoo.errors import NonFiniteError, ShapeError
+from clever_zoo.records import Environment, Network, Protocol, Record, Result
 from clever_zoo.spec import ModelSpec
+from training.evaluate.perturb import PERTURBATIONS
+from training.provenance import environment
 
 
 class PartChoice(StrEnum):
@@ -64,3 +68,58 @@ def check_finite(values: Tensor, what: str) -> Tensor:
             "anything; check the weights"
         )
     return values
+
+
+def dense_record(
+    encoder: Encoder,
+    metrics: Mapping[str, float],
+    *,
+    task: str,
+    text: str,
+    dataset: str,
+    split: str,
+    n_images: int,
+    n: int,
+    seconds: float,
+    part: Part = "full",
+) -> Record:
+    """The scores of one encoder as a record, a row for each metric.
+
+    Args:
+        encoder: What was measured, on the device where it was.
+        metrics: Means over all that was scored.
+        task, text: Name and definition of the evaluation.
+        dataset, split: Whose images were scored.
+        n_images: Images in the split.
+        n: What the means are over; `text` says what is counted.
+        seconds: Of the whole evaluation.
+        part: Which part of the features.
+    """
+    spec = encoder.spec
+    network = Network(
+        name=spec.name, role="model", sha256=spec.weights.sha256 if spec.weights else None
+    )
+    rows = tuple(
+        Result(
+            network=spec.name,
+            split=split,
+            protocol=Protocol(task=task),
+            part=part,
+            metric=metric,
+            mean=mean,
+            n=n,
+            seconds=round(seconds, 2),
+        )
+        for metric, mean in metrics.items()
+    )
+    return Record(
+        model=spec.name,
+        dataset=dataset,
+        invariant_dim=spec.invariant_dim,
+        images={split: n_images},
+        tasks={task: text},
+        perturbations={"ori": PERTURBATIONS["ori"].text},
+        networks=(network,),
+        environments=(Environment(**environment(str(next(encoder.parameters()).device))),),
+        results=rows,
+    )

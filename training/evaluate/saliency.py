@@ -5,10 +5,9 @@
 A picture's patches are cut in two by the second eigenvector of their similarity graph.
 """
 
-import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -27,9 +26,9 @@ from torch.nn import functional as F
 from clever_zoo.cli import fail
 from clever_zoo.encoder import Encoder, evaluating
 from clever_zoo.errors import CleverZooError, DataError, ShapeError
-from clever_zoo.files import write_atomic
 from clever_zoo.preprocess import load_image, normalize_pixels
-from training.evaluate.dense import check_finite
+from clever_zoo.records import RESULTS_FILENAME, Record
+from training.evaluate.dense import check_finite, dense_record
 from training.evaluate.inputs import load_encoder
 
 SIMILARITY_THRESHOLD = 0.2
@@ -285,6 +284,21 @@ def evaluate_saliency(
     return SaliencyScores(encoder.spec.name, dataset.value, len(pairs), *scores, seconds)
 
 
+def saliency_record(scores: SaliencyScores, encoder: Encoder) -> Record:
+    """The scores as a record."""
+    return dense_record(
+        encoder,
+        {metric: getattr(scores, metric) for metric in ("max_f", "iou", "accuracy")},
+        task="saliency",
+        text=f"{PROTOCOL}; keys of the full features are read, halves do not exist there",
+        dataset=scores.dataset,
+        split="test",
+        n_images=scores.images,
+        n=scores.images,
+        seconds=scores.seconds,
+    )
+
+
 def main(
     source: Annotated[
         str, typer.Argument(help="A released name, org/repo, local-dir:PATH, or a run's folder.")
@@ -292,7 +306,7 @@ def main(
     dataset: Annotated[SaliencyData, typer.Option(help="Which layout the folder has.")],
     data: Annotated[Path, typer.Option(help="Folder that holds the pictures' and masks' folders.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the scores as JSON.")
+        Path | None, typer.Option("--output", "-o", help="Folder that gets results.json.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
 ) -> None:
@@ -301,12 +315,10 @@ def main(
     Example: python -m training.evaluate.saliency runs/my-vit --dataset ecssd --data ECSSD
     """
     try:
-        scores = evaluate_saliency(
-            load_encoder(source, device)[0], read_saliency(data, dataset), dataset
-        )
+        encoder = load_encoder(source, device)[0]
+        scores = evaluate_saliency(encoder, read_saliency(data, dataset), dataset)
         if output is not None:
-            record = {"protocol": PROTOCOL, **asdict(scores)}
-            write_atomic(output, (json.dumps(record, indent=2) + "\n").encode())
+            saliency_record(scores, encoder).write(output / RESULTS_FILENAME)
     except (CleverZooError, OSError) as error:
         fail(error)
     typer.echo(

@@ -30,8 +30,9 @@ from clever_zoo.encoder import Encoder, evaluating
 from clever_zoo.errors import CleverZooError, DataError
 from clever_zoo.files import replacing, write_atomic
 from clever_zoo.preprocess import load_image
+from clever_zoo.records import RESULTS_FILENAME, Record
 from clever_zoo.spec import IMAGENET_STD, ModelSpec
-from training.evaluate.dense import PartChoice, check_finite, patch_grid
+from training.evaluate.dense import PartChoice, check_finite, dense_record, patch_grid
 from training.evaluate.inputs import load_encoder
 
 SHORT_SIDE_PX = 480
@@ -45,6 +46,7 @@ TEMPERATURE = 0.1
 BOUNDARY_TOLERANCE = 0.008
 RECALL_THRESHOLD = 0.5
 VOID = 255
+OBJECTS_FILENAME = "scores.json"
 _TARGETS_AT_ONCE = 1024
 _ROUNDING = 1e-5
 
@@ -348,10 +350,14 @@ def boundary_agreement(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -
 def score_sequence(name: str, predicted: Mask, truth: Mask) -> list[ObjectScore]:
     """Scores of each object in a video, first and last frame left out, void pixels ignored.
 
+    Objects are those of the first annotated mask; one that appears later only is not scored.
+
     Shapes: predicted, truth (T, H, W) object numbers.
 
     Raises:
-        DataError: If the shapes differ, frames are too few, or no object is annotated.
+        DataError: If the shapes differ, frames are too few, or the first mask has no object.
+
+    Source: the choice of objects is that of davis2017-evaluation.
     """
     if predicted.shape != truth.shape or len(truth) < 3:
         raise DataError(
@@ -359,9 +365,11 @@ def score_sequence(name: str, predicted: Mask, truth: Mask) -> list[ObjectScore]
             "must be (T, H, W) with at least 3 frames"
         )
     valid = truth != VOID
-    count = int(np.where(valid, truth, 0).max())
+    count = int(np.where(valid[0], truth[0], 0).max())
     if not count:
-        raise DataError(f"sequence {name!r} has no annotated object; fetch its masks again")
+        raise DataError(
+            f"sequence {name!r} has no annotated object in its first mask; fetch its masks again"
+        )
     scores = []
     for number in range(1, count + 1):
         pairs = list(zip((predicted == number) & valid, truth == number, strict=True))[1:-1]
@@ -428,12 +436,38 @@ def _summary(
     )
 
 
+def segmentation_record(
+    scores: SegmentationScores, encoder: Encoder, *, n_frames: int, short_side_px: int
+) -> Record:
+    """The scores as a record.
+
+    Args:
+        scores: What came out.
+        encoder: What was scored.
+        n_frames: Frames of all sequences.
+        short_side_px: Of the frames that were fed.
+    """
+    metrics = ("j_and_f", "j_mean", "j_recall", "f_mean", "f_recall")
+    return dense_record(
+        encoder,
+        {metric: getattr(scores, metric) for metric in metrics},
+        task="segmentation",
+        text=f"{PROTOCOL}; frames with a short side of {short_side_px} px; n counts objects",
+        dataset="davis-2017",
+        split="val",
+        n_images=n_frames,
+        n=len(scores.objects),
+        seconds=scores.seconds,
+        part=scores.part,
+    )
+
+
 def main(
     source: Annotated[
         str, typer.Argument(help="A released name, org/repo, local-dir:PATH, or a run's folder.")
     ],
     data: Annotated[Path, typer.Option(help="The DAVIS folder, with ImageSets in it.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of masks, scores.json.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of masks and scores.")],
     part: Annotated[PartChoice, typer.Option(help="Which part of the features.")] = PartChoice.full,
     device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
     short_side_px: Annotated[
@@ -441,6 +475,8 @@ def main(
     ] = SHORT_SIDE_PX,
 ) -> None:
     """Carry the first masks of the DAVIS-2017 validation videos on, and score J and F.
+
+    Writes the masks, results.json (the record) and scores.json (every object) to the folder.
 
     Example: python -m training.evaluate.segmentation clever-resnet18 --data DAVIS -o out/davis
     """
@@ -450,8 +486,13 @@ def main(
         scores = evaluate_segmentation(
             encoder, sequences, output, part=part.value, short_side_px=short_side_px
         )
-        record = {"protocol": PROTOCOL, "short_side_px": short_side_px, **asdict(scores)}
-        write_atomic(output / "scores.json", (json.dumps(record, indent=2) + "\n").encode())
+        n_frames = sum(len(sequence.frames) for sequence in sequences)
+        record = segmentation_record(
+            scores, encoder, n_frames=n_frames, short_side_px=short_side_px
+        )
+        objects = [asdict(score) for score in scores.objects]
+        write_atomic(output / OBJECTS_FILENAME, (json.dumps(objects, indent=2) + "\n").encode())
+        record.write(output / RESULTS_FILENAME)
     except (CleverZooError, OSError) as error:
         fail(error)
     typer.echo(
