@@ -91,7 +91,7 @@ class Result(_Frozen):
         at: The point of a curve or the value of k; None where there is none.
         seeds: Random seeds behind the mean; empty where nothing is random.
         mean, std: Over the seeds; the population's standard deviation, 0 for one value.
-        n: Images that were scored.
+        n: Images that were scored, or whatever the task says it counts.
         seconds: What it took.
         environment: Index into the record's environments.
     """
