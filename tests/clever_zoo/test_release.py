@@ -20,6 +20,7 @@ from clever_zoo.embedding import split_features
 from clever_zoo.errors import UnknownModelError
 from clever_zoo.golden import check_golden
 from clever_zoo.records import RESULTS_FILENAME, Record
+from clever_zoo.records import Record
 from clever_zoo.registry import DEFAULT_TAGS
 from clever_zoo.samples import sample_paths
 from clever_zoo.spec import ModelSpec
@@ -99,6 +100,18 @@ def test_released_weights_are_no_random_ones(name: str) -> None:
 def test_texts_and_figures_are_those_of_the_records() -> None:
     """`make tables` would change nothing."""
     assert stale_files() == [], "run `make tables`"
+
+
+def test_fine_tuning_beats_every_frozen_probe() -> None:
+    record = Record.read(ROOT / "model_cards/clever-resnet18.fmnist/results.json")
+    assert record.images == {"train": 60_000, "test": 10_000}
+
+    def last(task: str) -> float:
+        return record.find(record.model, task, "top1_last", "full").mean
+
+    tuned = last("finetune_short")
+    assert tuned > last("frozen_short")
+    assert tuned > last("linear_cached")
 
 
 def test_torch_hub() -> None:
