@@ -20,7 +20,6 @@ from clever_zoo.embedding import split_features
 from clever_zoo.errors import UnknownModelError
 from clever_zoo.golden import check_golden
 from clever_zoo.records import RESULTS_FILENAME, Record
-from clever_zoo.records import Record
 from clever_zoo.registry import DEFAULT_TAGS
 from clever_zoo.samples import sample_paths
 from clever_zoo.spec import ModelSpec
