@@ -1,10 +1,10 @@
 """Model cards, results tables and findings, written from a model's spec and its results record."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from clever_zoo.embedding import Part
-from clever_zoo.records import PARTS, Interpolation, Network, Record, Result, Role
+from clever_zoo.records import PARTS, ROLES, Interpolation, Network, Record, Result, Role
 from clever_zoo.spec import ModelSpec
 
 DATASETS = {
@@ -21,7 +21,6 @@ FIGURES = {
     "perturbed": "Top-1 by perturbation of the test images and part, with the controls",
     "drift": "How far a rotation moves the features, relative to their length",
 }
-ROLES: tuple[Role, ...] = get_args(Role)
 
 _DECIMALS = {"r2": 2, "ratio": 3}
 _CLASSIFYING = {

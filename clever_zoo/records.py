@@ -6,7 +6,7 @@ and seeds, on how many images, and where; cards, tables and figures are written 
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,6 +21,7 @@ Role = Literal["model", "baseline", "untrained", "pixels"]
 Interpolation = Literal["bicubic", "bilinear"]
 FeatureRecipe = Literal["last1", "last4_reference", "last4_per_block"]
 
+ROLES: tuple[Role, ...] = get_args(Role)
 PARTS: tuple[Part, ...] = ("full", "invariant", "equivariant")
 
 
@@ -249,7 +250,7 @@ class Record(_Frozen):
             images=self.images,
             tasks=tasks | newer.tasks,
             perturbations=perturbations | newer.perturbations,
-            networks=tuple(networks.values()),
+            networks=tuple(sorted(networks.values(), key=lambda n: ROLES.index(n.role))),
             environments=tuple(Environment.model_validate_json(environments[i]) for i in used),
             results=tuple(
                 row.model_copy(update={"environment": used.index(places[key])})

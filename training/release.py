@@ -8,7 +8,7 @@ Paste the printed literal into clever_zoo/registry.py, then run `make tables`.
 import json
 import re
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
@@ -19,7 +19,7 @@ from clever_zoo.encoder import Encoder
 from clever_zoo.errors import CleverZooError, DataError
 from clever_zoo.files import write_atomic
 from clever_zoo.golden import GOLDEN_FILENAME, golden_values
-from clever_zoo.records import RESULTS_FILENAME, Record, Role
+from clever_zoo.records import RESULTS_FILENAME, ROLES, Record, Role
 from clever_zoo.spec import ModelSpec, Provenance
 from training.evaluate.inputs import load_encoder
 
@@ -36,7 +36,7 @@ def gate_problems(record: Record) -> list[str]:
     time is no excuse, above raw pixels on clean images too; run and baseline must be finished
     and equal in budget, from a known commit.
     """
-    networks = {role: record.network(role) for role in get_args(Role)}
+    networks = {role: record.network(role) for role in ROLES}
     if absent := [role for role, network in networks.items() if network is None]:
         return [f"the record has no {', no '.join(absent)}; evaluate with all networks"]
     training = networks["model"].training

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from clever_zoo.cli import fail
 from clever_zoo.encoder import Encoder, usable_device
 from clever_zoo.errors import CleverZooError, DataError, RecipeError
-from clever_zoo.records import RESULTS_FILENAME, Environment, Record, Role
+from clever_zoo.records import RESULTS_FILENAME, ROLES, Environment, Record, Role
 from clever_zoo.spec import PreprocessSpec, problem_lines
 from training.checkpoint import CHECKPOINT
 from training.config import DataConfig, Recipe, load_recipe, merged, parse_override
@@ -35,7 +35,6 @@ from training.evaluate.suite import Task, evaluate_subject, task_texts
 from training.provenance import environment, library_versions
 from training.runs import load_run
 
-ROLES: tuple[Role, ...] = get_args(Role)
 TASK_GROUPS: tuple[Task, ...] = get_args(Task)
 CROPPING = {"linear_reference", "finetune"}  # tasks that make new crops of the training images
 

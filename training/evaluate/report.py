@@ -108,7 +108,12 @@ def rendered_files(root: Path = CHECKOUT) -> dict[Path, str]:
     )
     files[readme] = _filled(readme, {"results": "\n\n".join(sections)})
     files[training_readme] = _filled(
-        training_readme, {"trials": trials_table(root), "bench": bench_tables(root)}
+        training_readme,
+        {
+            "trials": trials_table(root),
+            "bench": bench_tables(root),
+            "finetune": finetune_lines(root),
+        },
     )
     pairs = [(model_info(name).backbone, record) for name, record in records.items()]
     published = _read(root / RECORDS / "published-in100-linear.json")
@@ -174,6 +179,25 @@ def trials_table(root: Path = CHECKOUT) -> str:
             f"{t['commit'][:7]}"
         )
     return markdown_table(table_rows(columns + controls, METRICS)) + "\n\n" + "\n".join(facts)
+
+
+def finetune_lines(root: Path = CHECKOUT) -> str:
+    """Recorded runs of `python -m training.finetune`, one line each."""
+    lines = []
+    for path in sorted((root / RECORDS).glob("finetune-*.json")):
+        record = Record.read(path)
+        last, best = (
+            next(r for r in record.results if r.metric == f"top1_{which}")
+            for which in ("last", "best")
+        )
+        where = record.environments[last.environment]
+        lines.append(
+            f"- `{record.model}` on {record.images['train']:,} images of {record.dataset}: top-1 "
+            f"{last.mean:.1f} % on {last.n:,} test images after the last epoch ({best.mean:.1f} % "
+            f"in the epoch that the test images chose), {last.seconds / 60:.0f} minutes on "
+            f"{where.hardware}, commit {where.commit[:7]}; {record.tasks[last.protocol.task]}"
+        )
+    return "\n".join(lines)
 
 
 def bench_tables(root: Path = CHECKOUT) -> str:
