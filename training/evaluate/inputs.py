@@ -250,9 +250,8 @@ def embed_images(
     perturbation: str = "ori",
     seed: int = 0,
     interpolation: Interpolation = "bicubic",
-    limit: int | None = None,
 ) -> Tensor:
-    """Features (N, D) of all images, or of the first `limit`, perturbed.
+    """Features (N, D) of all images, perturbed.
 
     Raises:
         NonFiniteError: If a feature is not finite; names the first such image.
@@ -262,9 +261,7 @@ def embed_images(
     def change(pixels: Tensor, samples: NDArray[np.int64]) -> Tensor:
         return perturb(pixels, samples, perturbation, seed)
 
-    return embed_changed(
-        features, images, change, name=perturbation, interpolation=interpolation, limit=limit
-    )
+    return embed_changed(features, images, change, name=perturbation, interpolation=interpolation)
 
 
 def embed_changed(
