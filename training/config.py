@@ -7,7 +7,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 from pydantic import Field, PositiveFloat, ValidationError, field_validator, model_validator
 
@@ -22,6 +22,8 @@ from training.views import STYLES, Pipeline, Strength, StyleName
 
 RECIPES = Path(__file__).parent / "recipes"
 SMOKE_BATCH_SIZE = 8
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 MethodSection = Annotated[
     Union[tuple(row.section for row in METHODS.values())],  # noqa: UP007
@@ -411,13 +413,18 @@ def smoke_version(recipe: Recipe) -> Recipe:
 
 
 def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
-    """Validate the content of a recipe.
+    """Validate the content of a recipe; see `parse_section`."""
+    return parse_section(Recipe, content, source)
+
+
+def parse_section(kind: type[AnySection], content: dict[str, Any], source: str) -> AnySection:
+    """Validate the content of a recipe or of one of its sections.
 
     Raises:
         RecipeError: Naming `source` and all mistakes.
     """
     try:
         # As JSON, because strict validation takes a list for a tuple there only.
-        return Recipe.model_validate_json(json.dumps(content, default=str))
+        return kind.model_validate_json(json.dumps(content, default=str))
     except ValidationError as error:
         raise RecipeError(source, problem_lines(error)) from error

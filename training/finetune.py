@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,8 +37,8 @@ from clever_zoo.records import (
     Record,
     Result,
 )
-from clever_zoo.spec import CONFIG_FILENAME, ModelSpec, problem_lines
-from training.config import DataConfig, merged, parse_override
+from clever_zoo.spec import CONFIG_FILENAME, ModelSpec
+from training.config import DataConfig, merged, parse_override, parse_section
 from training.data import (
     Batch,
     ImageSet,
@@ -155,11 +155,7 @@ def load_config(preset: str, dataset: str, overrides: Sequence[str] = ()) -> Fin
     content = {**PRESETS[preset], "data": {"dataset": dataset}}
     for override in overrides:
         content = merged(content, parse_override(override))
-    try:
-        # As JSON, because strict validation takes a list for a tuple there only.
-        return FinetuneConfig.model_validate_json(json.dumps(content, default=str))
-    except ValidationError as error:
-        raise RecipeError(f"preset {preset}", problem_lines(error)) from error
+    return parse_section(FinetuneConfig, content, f"preset {preset}")
 
 
 def choose_images(

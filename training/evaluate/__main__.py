@@ -4,22 +4,20 @@ python -m training.evaluate runs/clever-resnet18.fmnist --baseline runs/dino-res
 python -m training.evaluate clever-resnet18.fmnist -o evaluation --tasks knn,linear_cached
 """
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import torch
 import typer
-from pydantic import ValidationError
 
 from clever_zoo.cli import fail
 from clever_zoo.encoder import Encoder, usable_device
-from clever_zoo.errors import CleverZooError, DataError, RecipeError
+from clever_zoo.errors import CleverZooError, DataError
 from clever_zoo.records import RESULTS_FILENAME, ROLES, Environment, Record, Role
-from clever_zoo.spec import PreprocessSpec, problem_lines
+from clever_zoo.spec import PreprocessSpec
 from training.checkpoint import CHECKPOINT
-from training.config import DataConfig, Recipe, load_recipe, merged, parse_override
+from training.config import DataConfig, Recipe, load_recipe, merged, parse_override, parse_section
 from training.data import check_classes, list_images, load_split
 from training.evaluate.inputs import (
     EvaluationImages,
@@ -143,11 +141,7 @@ def _data_config(
     )
     for override in overrides:
         content = merged(content, parse_override(override))
-    try:
-        # As JSON, because strict validation takes a list for a tuple there only.
-        return DataConfig.model_validate_json(json.dumps(content, default=str))
-    except ValidationError as error:
-        raise RecipeError("data", problem_lines(error)) from error
+    return parse_section(DataConfig, content, "data")
 
 
 def _baseline(source: str, encoder: Encoder, device: str) -> Subject:
