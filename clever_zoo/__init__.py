@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clever_zoo.backbones import list_backbones as list_backbones
     from clever_zoo.classifier import Classifier as Classifier
-    from clever_zoo.classifier import Predictions as Predictions
     from clever_zoo.classifier import create_classifier as create_classifier
     from clever_zoo.compare import Comparison as Comparison
     from clever_zoo.compare import compare_images as compare_images
     from clever_zoo.embedding import Embedding as Embedding
     from clever_zoo.embedding import Part as Part
+    from clever_zoo.embedding import Predictions as Predictions
     from clever_zoo.encoder import Encoder as Encoder
     from clever_zoo.encoder import create_encoder as create_encoder
     from clever_zoo.encoder import create_transform as create_transform
@@ -39,7 +39,7 @@ _PUBLIC = {
     "Encoder": "encoder",
     "ModelSpec": "spec",
     "Part": "embedding",
-    "Predictions": "classifier",
+    "Predictions": "embedding",
     "compare_images": "compare",
     "create_classifier": "classifier",
     "create_encoder": "encoder",

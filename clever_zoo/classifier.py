@@ -4,13 +4,12 @@ import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from clever_zoo.backbones import BACKBONES
-from clever_zoo.embedding import Part
+from clever_zoo.embedding import Part, Predictions
 from clever_zoo.encoder import (
     Encoder,
     StorageType,
@@ -35,18 +34,6 @@ except ImportError as error:
 
 NAME_SUFFIX = "-classifier"
 HEAD_STD = 0.01
-
-
-class Predictions(NamedTuple):
-    """What a classifier says of N images.
-
-    Shapes: `classes` (N,) int64; `probabilities` (N, C) float32, rows sum to 1; `names` N names,
-    None for a classifier without class names.
-    """
-
-    classes: NDArray[np.int64]
-    probabilities: NDArray[np.float32]
-    names: tuple[str, ...] | None
 
 
 class Classifier(nn.Module):
@@ -128,12 +115,8 @@ class Classifier(nn.Module):
         with evaluating(self), torch.inference_mode():
             for pixels in pixel_batches(images, preprocess, batch_size):
                 batch = torch.from_numpy(normalize_pixels(pixels, preprocess))
-                logits = self(batch.to(self.head.weight.device)).float()
-                batches.append(logits.softmax(1).cpu().numpy())
-        probabilities = np.concatenate(batches)
-        classes = probabilities.argmax(1)
-        names = self.class_names
-        return Predictions(classes, probabilities, names and tuple(names[i] for i in classes))
+                batches.append(self(batch.to(self.head.weight.device)).float().cpu().numpy())
+        return Predictions.of(np.concatenate(batches), self.class_names)
 
     def parameter_groups(
         self,

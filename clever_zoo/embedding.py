@@ -1,7 +1,7 @@
-"""The labelled pair that everything here returns, and the split that makes it."""
+"""What encoders and classifiers return: the labelled pair, the split that makes it, predictions."""
 
-from collections.abc import Iterable
-from typing import Generic, Literal, NamedTuple, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Generic, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,27 @@ class Embedding(NamedTuple, Generic[Array]):
     def normalized(self) -> "Embedding[Array]":
         """The same pair with every row of each half scaled to unit length (zero rows stay zero)."""
         return Embedding(unit_rows(self.invariant), unit_rows(self.equivariant))
+
+
+class Predictions(NamedTuple):
+    """What a classifier says of N images.
+
+    Shapes: `classes` (N,) int64; `probabilities` (N, C) float32, rows sum to 1; `names` N names,
+    None for a classifier without class names.
+    """
+
+    classes: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+    names: tuple[str, ...] | None
+
+    @classmethod
+    def of(cls, logits: NDArray[np.float32], class_names: Sequence[str] | None) -> Self:
+        """Read (N, C) logits: softmax, and the most probable class of each row."""
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+        probabilities = powers / powers.sum(axis=1, keepdims=True)
+        classes = probabilities.argmax(axis=1)
+        names = None if class_names is None else tuple(class_names[i] for i in classes)
+        return cls(classes, probabilities, names)
 
 
 def unit_rows(x: Array) -> Array:

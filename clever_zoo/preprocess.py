@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from clever_zoo.ahead import map_ahead
 from clever_zoo.errors import ImageError, ShapeError
 from clever_zoo.spec import PreprocessSpec
 
@@ -166,9 +167,15 @@ def normalize_pixels(pixels: NDArray[np.uint8], spec: PreprocessSpec) -> NDArray
 
 
 def pixel_batches(
-    images: Iterable[ImageInput], spec: PreprocessSpec, batch_size: int
+    images: Iterable[ImageInput], spec: PreprocessSpec, batch_size: int, *, threads: int = 0
 ) -> Iterator[NDArray[np.uint8]]:
     """Load images lazily into (B, size, size, 3) uint8 batches; the last may be shorter.
+
+    Args:
+        images: See `load_image`.
+        spec: What becomes of them.
+        batch_size: Images per batch.
+        threads: Threads that load up to two batches ahead while the caller works on one.
 
     Raises:
         ImageError: For a bad image, with its position in `images`; or if `images` is a single
@@ -179,8 +186,15 @@ def pixel_batches(
         raise ImageError(
             str(images), 0, "is a single image where a collection is expected; pass [image]"
         )
-    for chunk in batched(enumerate(images), batch_size):
-        yield np.stack([image_pixels(image, spec, index) for index, image in chunk])
+
+    def load(numbered: tuple[int, ImageInput]) -> NDArray[np.uint8]:
+        index, image = numbered
+        return image_pixels(image, spec, index)
+
+    check_batch_size(batch_size)
+    squares = map_ahead(load, enumerate(images), threads=threads, ahead=2 * batch_size)
+    for chunk in batched(squares, batch_size):
+        yield np.stack(chunk)
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -189,8 +203,13 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     Raises:
         ShapeError: If `size` is under 1.
     """
-    if size < 1:
-        raise ShapeError(f"batch_size is {size}; use at least 1")
+    check_batch_size(size)
     iterator = iter(items)
     while chunk := list(itertools.islice(iterator, size)):
         yield chunk
+
+
+def check_batch_size(size: int) -> None:
+    """Raise a ShapeError if `size` is under 1."""
+    if size < 1:
+        raise ShapeError(f"batch_size is {size}; use at least 1")
