@@ -120,7 +120,7 @@ def locate_model(
     parsed = parse_source(source, revision)
     if isinstance(parsed, ReleasedSource):
         spec = model_info(parsed.name)
-        find: Finder = _released_folder(spec).joinpath
+        find: Finder = released_folder(spec).joinpath
     else:
         find = _finder(parsed, cache_dir, local_files_only, token)
         spec = ModelSpec.read(find(CONFIG_FILENAME))
@@ -198,7 +198,12 @@ def _weights_of(spec: ModelSpec, source: str) -> WeightFile:
     return spec.weights
 
 
-def _released_folder(spec: ModelSpec) -> Path:
+def released_folder(spec: ModelSpec) -> Path:
+    """The folder of a released model in this installation.
+
+    Raises:
+        DownloadError: If it is not there.
+    """
     for base in _MODEL_FOLDERS:
         if (base / spec.name).is_dir():
             return base / spec.name

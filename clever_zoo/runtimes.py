@@ -1,0 +1,82 @@
+"""Which runtime an encoder runs in: torch, or ONNX Runtime without torch."""
+
+import importlib.util
+from pathlib import Path
+from typing import Literal
+
+from clever_zoo.bulk import PixelEncoder
+from clever_zoo.errors import BackendMissingError
+from clever_zoo.files import HubSource, LocalSource, ReleasedSource, parse_source, released_folder
+from clever_zoo.registry import model_info
+
+Runtime = Literal["auto", "onnx", "torch"]
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def load_encoder(
+    source: str | Path,
+    *,
+    runtime: Runtime = "auto",
+    device: str = "cpu",
+    threads: int | None = None,
+) -> PixelEncoder:
+    """Load an encoder for inference.
+
+    Args:
+        source: As in `clever_zoo.from_pretrained`, or the path of an .onnx file.
+        runtime: "auto" takes ONNX Runtime if it is installed and `source` is an .onnx file or a
+            local or released model with onnx/model.onnx in its folder, else torch.
+        device: "cpu", "cuda"; with torch any of its devices.
+        threads: Threads of one forward pass, None for the runtime's own choice. For torch it is
+            set for the whole process.
+
+    Raises:
+        BackendMissingError: If the runtime is not installed or cannot use `device`.
+        CleverZooError: If the model cannot be found or loaded; see `from_pretrained`.
+    """
+    if choose_runtime(source, runtime) == "onnx":
+        from clever_zoo.onnx_encoder import OnnxEncoder
+
+        return OnnxEncoder.from_pretrained(source, providers=[_provider(device)], threads=threads)
+    try:
+        import torch
+
+        from clever_zoo.encoder import from_pretrained
+    except ImportError as error:
+        raise BackendMissingError(
+            f"{source} has to run in torch, which is not installed: "
+            'pip install "clever-zoo[torch]", or pass an .onnx file to ONNX Runtime'
+        ) from error
+    encoder = from_pretrained(source, device=device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return encoder
+
+
+def choose_runtime(source: str | Path, runtime: Runtime) -> Literal["onnx", "torch"]:
+    """What "auto" stands for; see `load_encoder`."""
+    if runtime != "auto":
+        return runtime
+    if Path(source).suffix == ".onnx":
+        return "onnx"
+    installed = importlib.util.find_spec("onnxruntime") is not None
+    return "onnx" if installed and _has_graph(source) else "torch"
+
+
+def _has_graph(source: str | Path) -> bool:
+    match parse_source(source):
+        case LocalSource(folder):
+            return (folder / "onnx/model.onnx").is_file()
+        case ReleasedSource(name):
+            return (released_folder(model_info(name)) / "onnx/model.onnx").is_file()
+        case HubSource():
+            return False  # Asking the Hub would need the network.
+
+
+def _provider(device: str) -> str:
+    if device not in _PROVIDERS:
+        raise BackendMissingError(
+            f"ONNX Runtime has no device {device!r} here; use {' or '.join(_PROVIDERS)}, "
+            "or --runtime torch"
+        )
+    return _PROVIDERS[device]
