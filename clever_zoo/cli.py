@@ -1,4 +1,4 @@
-"""The command line: ``clever-zoo list | info | embed | serve | compare | verify``."""
+"""The command line: ``clever-zoo list | info | embed | export | serve | compare | verify``."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from clever_zoo.backbones import list_backbones
-from clever_zoo.errors import CleverZooError
+from clever_zoo.errors import BackendMissingError, CleverZooError
 from clever_zoo.registry import list_models, model_info
 
 app = typer.Typer(
@@ -183,6 +183,78 @@ def compare(
         )
 
 
+class InputChoice(StrEnum):
+    """What an exported graph is fed with."""
+
+    uint8 = "uint8"
+    float32 = "float32"
+
+
+class PrecisionChoice(StrEnum):
+    """Weights and arithmetic of an exported graph."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(help="As --model of embed; an encoder or a classifier.", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Target.")],
+    input: Annotated[
+        InputChoice,
+        typer.Option(
+            help="uint8: (batch, size, size, 3) RGB, normalised inside the graph; "
+            "float32: (batch, 3, size, size), normalised by you."
+        ),
+    ] = InputChoice.uint8,
+    precision: Annotated[
+        PrecisionChoice, typer.Option(help="fp16 is for GPUs, int8 for CPUs.")
+    ] = PrecisionChoice.fp32,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder, glob pattern or file, may be repeated: pictures like yours, for int8 of "
+            "a convolutional backbone. The default, bundled pictures of clothes, is a poor guess."
+        ),
+    ] = None,
+) -> None:
+    """Write a model as one self-contained ONNX file, checked against torch.
+
+    Input `pixels`, outputs `invariant` and `equivariant` (`logits` of a classifier); the batch is
+    dynamic. A graph that does not give torch's values is not written. Needs the extra [export];
+    to run the file, [onnx] is enough.
+
+    Example: clever-zoo export clever-resnet18 -o model.onnx
+    Then: clever-zoo embed photos/ -m model.onnx -o photos.parquet
+    """
+    try:
+        from clever_zoo.bulk import find_images
+        from clever_zoo.classifier import load_model
+        from clever_zoo.onnx_export import export_onnx
+
+        pictures = find_images(calibration) if calibration else None
+        with _err.status(f"exporting {model} and comparing it with torch"):
+            report = export_onnx(
+                load_model(model),
+                output,
+                input=input.value,
+                precision=precision.value,
+                calibration=pictures,
+            )
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    figure = "greatest relative difference" if report.info.precision == "fp32" else "least cosine"
+    typer.echo(f"{report.path}: {report.size_bytes / 1e6:.1f} MB, sha256 {report.sha256}")
+    for name, value in report.parity.items():
+        shown = f"{value:.1e}" if report.info.precision == "fp32" else f"{value:.5f}"
+        typer.echo(f"{name}: {figure} to torch {shown}")
+
+
 @app.command()
 def verify(
     model: Annotated[str, typer.Argument(help="A released name or local-dir:PATH.")],
@@ -223,7 +295,8 @@ def serve(
         int, typer.Option(min=1, help="Images that may wait; more are refused with 503.")
     ] = 256,
     max_body_mb: Annotated[
-        int, typer.Option(min=1, help="Largest body of a request; larger ones are refused with 413.")
+        int,
+        typer.Option(min=1, help="Largest body; larger ones are refused with 413."),
     ] = 64,
     token: Annotated[
         str | None,
@@ -262,10 +335,12 @@ def serve(
       client.infer("clever-resnet18", [pixels]).as_numpy("invariant")
     """
     try:
-        from clever_zoo.serve import load_served_model
         from clever_zoo.serve.app import Limits, create_app
+        from clever_zoo.serve.model import load_served_model
         from clever_zoo.serve.server import DrainingServer, is_loopback, open_socket
-
+    except ImportError as error:
+        fail(BackendMissingError(f'{error.name} is missing: pip install "clever-zoo[serve]"'))
+    try:
         served = load_served_model(model, runtime=runtime.value, device=device, threads=threads)
         listening = open_socket(host, port)
     except (CleverZooError, OSError) as error:
@@ -277,7 +352,9 @@ def serve(
         max_body_bytes=max_body_mb << 20,
     )
     if token is None and not is_loopback(listening):
-        typer.echo(f"warning: anyone who reaches {host} can use this; set CLEVER_ZOO_TOKEN", err=True)
+        typer.echo(
+            f"warning: anyone who reaches {host} can use this; set CLEVER_ZOO_TOKEN", err=True
+        )
     server = DrainingServer(
         create_app(served, limits, token),
         drain_timeout_s=drain_timeout_s,

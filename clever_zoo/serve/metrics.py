@@ -25,7 +25,10 @@ class Metrics:
         )
         self.images = Counter("clever_zoo_images", "Images run.", registry=registry)
         self.batch_images = Histogram(
-            "clever_zoo_batch_images", "Images per batch.", buckets=_BATCH_BUCKETS, registry=registry
+            "clever_zoo_batch_images",
+            "Images per batch.",
+            buckets=_BATCH_BUCKETS,
+            registry=registry,
         )
         self.queued_images = Gauge(
             "clever_zoo_queued_images", "Images waiting for a batch.", registry=registry

@@ -217,9 +217,7 @@ def _json_pixels(tensor: _Input, binary: memoryview) -> NDArray[np.uint8]:
             "no NaN, no text"
         )
     if values.min() < 0 or values.max() > 255:
-        raise RequestError(
-            f"'data' runs from {values.min()} to {values.max()}; UINT8 takes 0..255"
-        )
+        raise RequestError(f"'data' runs from {values.min()} to {values.max()}; UINT8 takes 0..255")
     if values.size != math.prod(tensor.shape):
         raise RequestError(
             f"'data' has {values.size} values, shape {tensor.shape} takes {math.prod(tensor.shape)}"
