@@ -278,12 +278,12 @@ async def _read_files(request: Request, limits: Limits) -> list[File]:
         )
     async with (
         _arriving_in(limits.body_timeout_s),
-        request.form(max_files=limits.max_queue, max_fields=0) as form,
+        request.form(max_files=limits.max_queue) as form,
     ):
         uploads = [item for _, item in form.multi_items() if isinstance(item, UploadFile)]
         files = [File(upload.filename or "", await upload.read()) for upload in uploads]
     if not files:
-        raise RequestError("the form holds no file; send at least one")
+        raise RequestError("the form holds no file; send at least one, as in curl -F a=@PATH")
     return files
 
 

@@ -20,7 +20,7 @@ class Metrics:
         self.requests = Counter(
             "clever_zoo_requests",
             "Requests answered; status 499: the client hung up.",
-            ["route", "status"],
+            ["handler", "status"],
             registry=registry,
         )
         self.images = Counter("clever_zoo_images", "Images run.", registry=registry)

@@ -10,7 +10,7 @@ CLIENT_GONE = 499  # what a request counts as that ended before its answer
 
 
 class CountRequests:
-    """Counts requests in work, and done by route and status."""
+    """Counts requests in work, and done by handler and status."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -33,9 +33,9 @@ class CountRequests:
             await self._app(scope, receive, watched)
         finally:
             self._metrics.active -= 1
-            # Paths that are no route share a label, or clients could make any number of them.
-            route = getattr(scope.get("route"), "path", "unknown")
-            self._metrics.requests.labels(route, status).inc()
+            # Unknown paths share a label, or clients could make any number of them.
+            handler = getattr(scope.get("endpoint"), "__name__", "unknown")
+            self._metrics.requests.labels(handler, status).inc()
 
 
 class BoundBodies:
