@@ -1,7 +1,7 @@
 """Load on `clever-zoo serve`: many clients in a process of their own, against the raw session.
 
-    python -m bench.load model.onnx             a server is started, and compared with its session
-    python -m bench.load --at localhost:8000 --size-px 224 --model NAME    the load alone, as JSON
+python -m bench.load model.onnx             a server is started, and compared with its session
+python -m bench.load --at localhost:8000 --size-px 224 --model NAME    the load alone, as JSON
 """
 
 import argparse
@@ -21,11 +21,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clever_zoo.onnx_encoder import OnnxEncoder
+
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
 class LoadReport(NamedTuple):
-    """What the clients saw after the warm-up.
+    """What the clients saw.
 
     Attributes:
         images_per_s: Images answered.
@@ -75,53 +77,59 @@ def run_load(
     size_px: int,
     *,
     clients: int = 64,
+    requests: int = 8,
     images_per_request: int = 1,
-    seconds: float = 10.0,
-    warmup_s: float = 2.0,
 ) -> LoadReport:
-    """Keep one request of each client in flight, for warm-up and measurement.
+    """Each client sends its requests one after the other; all start together after one to warm up.
 
+    The number of requests is fixed and not the time, so that no batch is cut off at the end.
     Threads and prepared bodies, so that the load takes little of the processor it shares.
     """
     shape = (images_per_request, size_px, size_px, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     body, headers = binary_request(pixels)
-    start_s = time.perf_counter() + warmup_s
-    stop_s = start_s + seconds
+    start = threading.Barrier(clients + 1)
     times_ms: list[float] = []
     errors: list[str] = []
 
+    def send(connection: http.client.HTTPConnection) -> None:
+        try:
+            connection.request("POST", f"/v2/models/{model}/infer", body, headers)
+            response = connection.getresponse()
+            content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            errors.append(repr(error))
+            connection.close()
+            return
+        if response.status != 200:
+            errors.append(f"{response.status} {content[:200]!r}")
+
     def client() -> None:
-        connection = http.client.HTTPConnection(address, timeout=120)
-        while (sent_s := time.perf_counter()) < stop_s:
-            try:
-                connection.request("POST", f"/v2/models/{model}/infer", body, headers)
-                response = connection.getresponse()
-                content = response.read()
-            except (OSError, http.client.HTTPException) as error:
-                errors.append(repr(error))
-                connection.close()
-                continue
-            done_s = time.perf_counter()
-            if response.status != 200:
-                errors.append(f"{response.status} {content[:200]!r}")
-            elif start_s <= done_s < stop_s:
-                times_ms.append((done_s - sent_s) * 1e3)
+        connection = http.client.HTTPConnection(address, timeout=300)
+        send(connection)
+        start.wait()
+        for _ in range(requests):
+            sent_s = time.perf_counter()
+            send(connection)
+            times_ms.append((time.perf_counter() - sent_s) * 1e3)
         connection.close()
 
     threads = [threading.Thread(target=client) for _ in range(clients)]
     for thread in threads:
         thread.start()
+    start.wait()
+    start_s = time.perf_counter()
     for thread in threads:
         thread.join()
+    elapsed_s = time.perf_counter() - start_s
     for line in sorted(set(errors))[:5]:
         print(line, file=sys.stderr)
-    p50_ms, p99_ms = np.percentile(times_ms or [np.nan], [50, 99])
-    rate = len(times_ms) * images_per_request / seconds
-    return LoadReport(rate, float(p50_ms), float(p99_ms), len(times_ms), len(errors))
+    p50_ms, p99_ms = map(float, np.percentile(times_ms, [50, 99]))
+    rate = (len(times_ms) * images_per_request) / elapsed_s
+    return LoadReport(rate, p50_ms, p99_ms, len(times_ms), len(errors))
 
 
-def load_from_another_process(address: str, model: str, size_px: int, **options: float) -> LoadReport:
+def load_from_another_process(address: str, model: str, size_px: int, **options: int) -> LoadReport:
     """`run_load` in a process of its own; options as there."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "bench.load", f"--at={address}", f"--size-px={size_px}"]
@@ -148,42 +156,30 @@ def running_server(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]
             process.send_signal(signal.SIGTERM)
 
 
-def session_rate(graph: Path, batch: int, seconds: float) -> float:
+def session_rate(encoder: OnnxEncoder, batch: int, batches: int) -> float:
     """Images/s of ONNX Runtime on full batches, with nothing around it."""
-    from clever_zoo.onnx_encoder import OnnxEncoder
-
-    encoder = OnnxEncoder.from_pretrained(graph, providers=["CPUExecutionProvider"])
     size = encoder.spec.preprocess.input_size_px
     pixels = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
     session = encoder.graph.session
     session.run(None, {"pixels": pixels})
     start_s = time.perf_counter()
-    batches = 0
-    while time.perf_counter() < start_s + seconds:
+    for _ in range(batches):
         session.run(None, {"pixels": pixels})
-        batches += 1
     return batches * batch / (time.perf_counter() - start_s)
 
 
 def compare_with_session(
-    graph: Path,
-    *,
-    rounds: int = 3,
-    clients: int = 64,
-    batch: int = 32,
-    seconds: float = 15.0,
+    graph: Path, *, rounds: int = 3, clients: int = 64, requests: int = 8, batch: int = 32
 ) -> ServingReport:
     """Serve a uint8 graph under load and run its session alone, in turns on the same machine."""
-    from clever_zoo.onnx_graph import OnnxGraph
-    from clever_zoo.spec import ModelSpec
-
-    size_px = ModelSpec.from_config(OnnxGraph.open(graph).config, str(graph)).preprocess.input_size_px
+    encoder = OnnxEncoder.from_pretrained(graph, providers=["CPUExecutionProvider"])
+    size_px = encoder.spec.preprocess.input_size_px
     pairs = []
     with running_server(str(graph), "--max-batch", str(batch)) as (address, _):
         for _ in range(rounds):
-            alone = session_rate(graph, batch, seconds)
+            alone = session_rate(encoder, batch, clients * requests // batch)
             served = load_from_another_process(
-                address, graph.stem, size_px, clients=clients, seconds=seconds
+                address, graph.stem, size_px, clients=clients, requests=requests
             )
             pairs.append((served, alone))
     return ServingReport(
@@ -202,12 +198,11 @@ def main() -> None:
     parser.add_argument("--model", help="with --at: the model's name")
     parser.add_argument("--size-px", type=int, help="with --at: side of its input")
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=8, help="of each client")
     parser.add_argument("--images-per-request", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--warmup-s", type=float, default=2.0)
     a = parser.parse_args()
     if a.graph is not None:
-        report = compare_with_session(a.graph, clients=a.clients, seconds=a.seconds)
+        report = compare_with_session(a.graph, clients=a.clients, requests=a.requests)
         print(json.dumps(report._asdict() | {"served": report.served._asdict()}, indent=2))
         return
     load = run_load(
@@ -215,9 +210,8 @@ def main() -> None:
         a.model,
         a.size_px,
         clients=a.clients,
+        requests=a.requests,
         images_per_request=a.images_per_request,
-        seconds=a.seconds,
-        warmup_s=a.warmup_s,
     )
     print(json.dumps(load._asdict()))
 

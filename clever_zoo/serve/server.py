@@ -82,7 +82,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.create_server((host, port), family=family, backlog=2048)
-    # Inherited by connections; without it an answer's end waits for the client's delayed ACK, 40 ms.
+    # Connections inherit it; without it the end of an answer waits 40 ms for the client's ACK.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
 
