@@ -50,6 +50,8 @@ class DrainingServer(uvicorn.Server):
             timeout_graceful_shutdown=1,
         )
         super().__init__(config)
+        # It warns of each malformed form, which the answer says already; clients could fill a log.
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)
         self._service: Service = app.state.service
         self._drain_timeout_s = drain_timeout_s
         self._drain_until_s: float | None = None
