@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all lint format setup tables clean
+.PHONY: demo test test-all test-triton lint format setup tables clean
 
 demo: $(READY)  ## embed the bundled pictures and draw demo/report.html
 	$(BIN)/python -m clever_zoo.demo --out demo
@@ -12,7 +12,10 @@ test: $(READY)  ## the default tests: offline, a few minutes
 	$(BIN)/python -m pytest -q
 
 test-all: $(READY)  ## adds the slow ones and those that read Fashion-MNIST
-	$(BIN)/python -m pytest -q -m "not gpu and not network"
+	$(BIN)/python -m pytest -q -m "not gpu and not network and not triton"
+
+test-triton: $(READY)  ## needs a package index and Debian's python3-venv: a real Triton server
+	$(BIN)/python -m pytest -q -m triton
 
 lint: $(READY)
 	$(BIN)/ruff check .
