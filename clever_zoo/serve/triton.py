@@ -9,9 +9,9 @@ from string import Template
 
 from clever_zoo.errors import DataError, ShapeError, SpecError
 from clever_zoo.files import replacing, write_atomic
-from clever_zoo.onnx_encoder import open_graph
+from clever_zoo.onnx_graph import OnnxGraph
 from clever_zoo.preprocess import check_batch_size
-from clever_zoo.spec import ClassifierSpec
+from clever_zoo.spec import CLASSIFIER_KEY, ClassifierSpec, ModelSpec, PreprocessSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -118,43 +118,30 @@ def write_triton_repository(
         The names of the model that takes pixels and of the one that takes files.
 
     Raises:
-        SpecError: If `graph` is not a graph of ours, or `name` is no name for a folder.
-        ShapeError: If its input is float32, or `max_batch_size` is under 1.
+        SourceError, IntegrityError, SpecError: If `graph` is missing, damaged or not of ours.
+        SpecError: If `name` cannot name a model of Triton's.
+        ShapeError: If the graph's input is float32, or `max_batch_size` is under 1.
         DataError: If `repository` is a file.
     """
     check_batch_size(max_batch_size)
     if repository.exists() and not repository.is_dir():
         raise DataError(f"{repository} is a file; name a folder for the models")
-    opened = open_graph(graph)
-    if opened.input != "uint8":
+    opened = OnnxGraph.open(graph, providers=["CPUExecutionProvider"])
+    if opened.info.input != "uint8":
         raise ShapeError(
-            f"{graph} takes {opened.input} pixels; a Triton repository is made of a graph with "
-            "uint8 input, as export_onnx writes by default"
+            f"{graph} takes {opened.info.input} pixels; a Triton repository is made of a graph "
+            "with uint8 input, as export_onnx writes by default"
         )
-    spec = opened.spec
-    is_classifier = isinstance(spec, ClassifierSpec)
-    encoder = spec.encoder if is_classifier else spec
-    name = name or (f"{encoder.name}-classifier" if is_classifier else encoder.name)
+    encoder, default_name = _describe(opened)
+    name = name or default_name
     if not _NAME.fullmatch(name):
         raise SpecError(
             f"{name!r} cannot name a model of Triton's; pass a name of letters, digits and '._-' "
             "that begins with a letter or digit"
         )
-    size_px = encoder.preprocess.input_size_px
-    widths = {output.name: output.shape[1] for output in opened.session.get_outputs()}
-    values = {
+    values = _config_values(opened, encoder.preprocess) | {
         "name": name,
         "max_batch_size": max_batch_size,
-        "dims": [size_px, size_px, 3],
-        "outputs": "\n".join(
-            f'output {{ name: "{output}" data_type: TYPE_FP32 dims: [{width}] }}'
-            for output, width in widths.items()
-        ),
-        "output_maps": "\n".join(
-            f'    output_map {{ key: "{output}" value: "{output}" }}' for output in widths
-        ),
-        # The text format quotes strings as JSON does.
-        "preprocess": json.dumps(encoder.preprocess.model_dump_json()),
     }
     with replacing(repository / name / "1" / "model.onnx") as temporary:
         shutil.copyfile(graph, temporary)
@@ -167,3 +154,29 @@ def write_triton_repository(
         write_atomic(repository / f"{name}{suffix}" / "config.pbtxt", config.encode())
     write_atomic(repository / "README.md", _README.encode())
     return name, f"{name}-jpeg"
+
+
+def _describe(graph: OnnxGraph) -> tuple[ModelSpec, str]:
+    """The encoder in a graph, and the name under which Triton knows the graph."""
+    if CLASSIFIER_KEY in graph.config:
+        encoder = ClassifierSpec.from_config(graph.config, graph.source).encoder
+        return encoder, f"{encoder.name}-classifier"
+    encoder = ModelSpec.from_config(graph.config, graph.source)
+    return encoder, encoder.name
+
+
+def _config_values(graph: OnnxGraph, preprocess: PreprocessSpec) -> dict[str, object]:
+    size_px = preprocess.input_size_px
+    widths = {output.name: output.shape[1] for output in graph.session.get_outputs()}
+    outputs = [
+        f'output {{ name: "{name}" data_type: TYPE_FP32 dims: [{width}] }}'
+        for name, width in widths.items()
+    ]
+    output_maps = [f'    output_map {{ key: "{name}" value: "{name}" }}' for name in widths]
+    return {
+        "dims": [size_px, size_px, 3],
+        "outputs": "\n".join(outputs),
+        "output_maps": "\n".join(output_maps),
+        # Protobuf's text format quotes strings as JSON does.
+        "preprocess": json.dumps(preprocess.model_dump_json()),
+    }

@@ -21,8 +21,8 @@ from tritonclient.grpc.model_config_pb2 import (
 
 import clever_zoo
 from clever_zoo.errors import CleverZooError, DataError, ShapeError, SpecError
-from clever_zoo.onnx_encoder import OnnxEncoder
 from clever_zoo.onnx_export import export_onnx
+from clever_zoo.onnx_graph import OnnxGraph
 from clever_zoo.preprocess import image_pixels
 from clever_zoo.samples import sample_paths
 from clever_zoo.serve.triton import write_triton_repository
@@ -61,7 +61,7 @@ def tensors(items: Iterable[ModelInput | ModelOutput]) -> dict[str, tuple[int, l
 
 def test_model_config_fits_the_graph(repository: Path, graph: Path) -> None:
     model = read_configs(repository)[NAME]
-    session = OnnxEncoder.from_pretrained(graph).session
+    session = OnnxGraph.open(graph).session
     assert model.backend == "onnxruntime"
     assert (repository / NAME / "1" / "model.onnx").read_bytes() == graph.read_bytes()
     (pixels,) = session.get_inputs()
@@ -151,13 +151,32 @@ def test_other_models_of_the_repository_stay(repository: Path, graph: Path) -> N
 
 
 def test_classifier(tmp_path: Path) -> None:
-    classifier = clever_zoo.create_classifier("clever-resnet18", 10)
-    export_onnx(classifier, tmp_path / "model.onnx")
+    encoder = clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=8)
+    export_onnx(clever_zoo.create_classifier(encoder, 10), tmp_path / "model.onnx")
     names = write_triton_repository(tmp_path / "model.onnx", tmp_path / "repo")
-    assert names == (f"{NAME}-classifier", f"{NAME}-classifier-jpeg")
+    assert names == ("vit_tiny-classifier", "vit_tiny-classifier-jpeg")
     configs = read_configs(tmp_path / "repo")
     for name in names:
         assert tensors(configs[name].output) == {"logits": (TYPE_FP32, [10])}
+
+
+@pytest.mark.slow
+def test_encoder_without_a_split(tmp_path: Path) -> None:
+    encoder = clever_zoo.create_encoder("vit_tiny", invariant_dim=192, img_size=32, patch_size=8)
+    export_onnx(encoder, tmp_path / "model.onnx")
+    names = write_triton_repository(tmp_path / "model.onnx", tmp_path / "repo")
+    configs = read_configs(tmp_path / "repo")
+    for name in names:
+        assert tensors(configs[name].output) == {"invariant": (TYPE_FP32, [192])}
+
+
+@pytest.mark.slow
+def test_float32_graphs_are_refused(tmp_path: Path) -> None:
+    encoder = clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=8)
+    export_onnx(encoder, tmp_path / "model.onnx", input="float32")
+    with pytest.raises(ShapeError, match="float32"):
+        write_triton_repository(tmp_path / "model.onnx", tmp_path / "repo")
+    assert not (tmp_path / "repo").exists()
 
 
 @pytest.mark.parametrize("name", ["../up", ".hidden", "a/b", "two words", "-flag", "é"])
@@ -176,7 +195,4 @@ def test_bad_arguments_write_nothing(graph: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.onnx").write_bytes(graph.read_bytes()[:1000])
     with pytest.raises(CleverZooError, match=r"cut\.onnx"):
         write_triton_repository(tmp_path / "cut.onnx", tmp_path / "repo")
-    export_onnx(clever_zoo.from_pretrained("clever-resnet18"), tmp_path / "f.onnx", input="float32")
-    with pytest.raises(ShapeError, match="float32"):
-        write_triton_repository(tmp_path / "f.onnx", tmp_path / "repo")
     assert not (tmp_path / "repo").exists()
