@@ -1,7 +1,8 @@
-"""The command line: ``clever-zoo list | info | embed | compare | verify``."""
+"""The command line: ``clever-zoo list | info | embed | compare | export | verify``."""
 
 import json
 import sys
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -164,6 +165,97 @@ def compare(
             f"{name}: cosine {likeness.cosine:.3f}, more alike than "
             f"{int(likeness.percent_less_alike)} % of pairs of different bundled pictures"
         )
+
+
+class FormatChoice(StrEnum):
+    """What a model is exported as."""
+
+    onnx = "onnx"
+    triton = "triton"
+
+
+class InputChoice(StrEnum):
+    """What an exported graph is fed with."""
+
+    uint8 = "uint8"
+    float32 = "float32"
+
+
+class PrecisionChoice(StrEnum):
+    """Weights and arithmetic of an exported graph."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(help="As --model of embed; an encoder or a classifier.", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Target.")],
+    format: Annotated[
+        FormatChoice,
+        typer.Option(help="onnx: one file; triton: a folder, model repository for NVIDIA Triton."),
+    ] = FormatChoice.onnx,
+    input: Annotated[
+        InputChoice,
+        typer.Option(
+            help="uint8: (batch, size, size, 3) RGB, normalised inside the graph; "
+            "float32: (batch, 3, size, size), normalised by you."
+        ),
+    ] = InputChoice.uint8,
+    precision: Annotated[
+        PrecisionChoice, typer.Option(help="fp16 is for GPUs, int8 for CPUs.")
+    ] = PrecisionChoice.fp32,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder, glob pattern or file, may be repeated: pictures like yours, for int8 of "
+            "a convolutional backbone. The default, bundled pictures of clothes, is a poor guess."
+        ),
+    ] = None,
+) -> None:
+    """Write a model as one self-contained ONNX file, or with it a model repository for Triton.
+
+    Input `pixels`, outputs `invariant` and `equivariant` (`logits` of a classifier); the batch is
+    dynamic. A graph that does not give torch's values is not written. Needs the extra [export];
+    to run the file, [onnx] is enough.
+
+    Example: clever-zoo export clever-resnet18 -o model.onnx
+    Then: clever-zoo embed photos/ -m model.onnx -o photos.parquet
+    Or: clever-zoo export clever-resnet18 --format triton -o repository/
+    """
+    try:
+        from clever_zoo.bulk import find_images
+        from clever_zoo.classifier import load_model
+        from clever_zoo.onnx_export import export_onnx
+        from clever_zoo.serve.triton import write_triton_repository
+
+        pictures = find_images(calibration) if calibration else None
+        status = _err.status(f"exporting {model} and comparing it with torch")
+        with tempfile.TemporaryDirectory() as temporary, status:
+            to_triton = format is FormatChoice.triton
+            graph = Path(temporary) / "model.onnx" if to_triton else output
+            report = export_onnx(
+                load_model(model),
+                graph,
+                input=input.value,
+                precision=precision.value,
+                calibration=pictures,
+            )
+            served = write_triton_repository(graph, output) if to_triton else None
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    figure = "greatest relative difference" if report.info.precision == "fp32" else "least cosine"
+    if served is not None:
+        typer.echo(f"{output}: {' and '.join(served)} for Triton; README.md there says how")
+    typer.echo(f"{output}: {report.size_bytes / 1e6:.1f} MB, sha256 {report.sha256}")
+    for name, value in report.parity.items():
+        shown = f"{value:.1e}" if report.info.precision == "fp32" else f"{value:.5f}"
+        typer.echo(f"{name}: {figure} to torch {shown}")
 
 
 @app.command()

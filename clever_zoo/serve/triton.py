@@ -111,7 +111,7 @@ def write_triton_repository(
     Args:
         graph: A file that `export_onnx` wrote, with uint8 input.
         repository: Folder; created if missing.
-        name: NAME; None means the model's name, for a classifier with "-classifier".
+        name: NAME; None means the name in the encoder's spec.
         max_batch_size: Most images per request and per run of the graph.
 
     Returns:
@@ -132,8 +132,8 @@ def write_triton_repository(
             f"{graph} takes {opened.info.input} pixels; a Triton repository is made of a graph "
             "with uint8 input, as export_onnx writes by default"
         )
-    encoder, default_name = _describe(opened)
-    name = name or default_name
+    encoder = _encoder(opened)
+    name = name or encoder.name
     if not _NAME.fullmatch(name):
         raise SpecError(
             f"{name!r} cannot name a model of Triton's; pass a name of letters, digits and '._-' "
@@ -156,13 +156,10 @@ def write_triton_repository(
     return name, f"{name}-jpeg"
 
 
-def _describe(graph: OnnxGraph) -> tuple[ModelSpec, str]:
-    """The encoder in a graph, and the name under which Triton knows the graph."""
+def _encoder(graph: OnnxGraph) -> ModelSpec:
     if CLASSIFIER_KEY in graph.config:
-        encoder = ClassifierSpec.from_config(graph.config, graph.source).encoder
-        return encoder, f"{encoder.name}-classifier"
-    encoder = ModelSpec.from_config(graph.config, graph.source)
-    return encoder, encoder.name
+        return ClassifierSpec.from_config(graph.config, graph.source).encoder
+    return ModelSpec.from_config(graph.config, graph.source)
 
 
 def _config_values(graph: OnnxGraph, preprocess: PreprocessSpec) -> dict[str, object]:

@@ -18,8 +18,10 @@ from tritonclient.grpc.model_config_pb2 import (
     ModelInstanceGroup,
     ModelOutput,
 )
+from typer.testing import CliRunner
 
 import clever_zoo
+from clever_zoo.cli import app
 from clever_zoo.errors import CleverZooError, DataError, ShapeError, SpecError
 from clever_zoo.onnx_export import export_onnx
 from clever_zoo.onnx_graph import OnnxGraph
@@ -150,13 +152,22 @@ def test_other_models_of_the_repository_stay(repository: Path, graph: Path) -> N
     assert {NAME, "resnet.v2_a-b", "resnet.v2_a-b-jpeg"} < set(again)
 
 
-def test_classifier(tmp_path: Path) -> None:
+@pytest.fixture
+def small_classifier(tmp_path: Path) -> Path:
+    """A folder with a classifier of random weights."""
     encoder = clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=8)
-    export_onnx(clever_zoo.create_classifier(encoder, 10), tmp_path / "model.onnx")
-    names = write_triton_repository(tmp_path / "model.onnx", tmp_path / "repo")
-    assert names == ("vit_tiny-classifier", "vit_tiny-classifier-jpeg")
+    clever_zoo.create_classifier(encoder, 10).save_pretrained(tmp_path / "classifier")
+    return tmp_path / "classifier"
+
+
+def test_command_writes_a_classifier(small_classifier: Path, tmp_path: Path) -> None:
+    command = ["export", f"local-dir:{small_classifier}", "--format", "triton", "-o"]
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "repo")])
+    assert result.exit_code == 0, result.output
     configs = read_configs(tmp_path / "repo")
+    names = ("vit_tiny-classifier", "vit_tiny-classifier-jpeg")
     for name in names:
+        assert name in result.output
         assert tensors(configs[name].output) == {"logits": (TYPE_FP32, [10])}
 
 
