@@ -86,10 +86,10 @@ Written by `clever-zoo export ... --format triton`. Three of Triton's models mak
 
 `NAME-decode` needs clever-zoo in Triton's Python (3.11 or newer, so Triton 24.12 or newer):
 
+    docker build -t triton-clever - <<END
     FROM nvcr.io/nvidia/tritonserver:24.12-py3
     RUN pip install --break-system-packages clever-zoo
-
-    docker build -t triton-clever .
+    END
     docker run --rm --shm-size 1g -p 8000:8000 -v "$PWD:/models" triton-clever \\
         tritonserver --model-repository /models
 
