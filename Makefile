@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 READY_ONNX := .venv-onnx/.ready
 
-.PHONY: demo test test-onnx test-all lint format setup tables clean
+.PHONY: demo test test-onnx test-triton test-all lint format setup tables clean
 
 demo: $(READY)  ## embed the bundled pictures and draw demo/report.html
 	$(BIN)/python -m clever_zoo.demo --out demo
@@ -18,7 +18,10 @@ test-onnx: $(READY) $(READY_ONNX)  ## the ONNX runtime's tests in an environment
 		.venv-onnx/bin/python -m pytest -q -s tests/clever_zoo/test_onnx_encoder.py
 
 test-all: $(READY)  ## adds the slow ones and those that read Fashion-MNIST
-	$(BIN)/python -m pytest -q -m "not gpu and not network"
+	$(BIN)/python -m pytest -q -m "not gpu and not network and not triton"
+
+test-triton: $(READY)  ## needs a package index and Debian's python3-venv: a real Triton server
+	$(BIN)/python -m pytest -q -m triton
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -46,10 +46,27 @@ def released() -> Encoder:
     return clever_zoo.from_pretrained("clever-resnet18")
 
 
+@pytest.fixture(scope="module")
+def graphs() -> dict[str, onnx.ModelProto]:
+    return {}
+
+
+@pytest.fixture
+def trace_once(graphs: dict[str, onnx.ModelProto], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing takes seconds: models of one name, with the same weights, share it."""
+    trace = onnx_export._trace
+
+    def traced(module: Encoder, *args: object) -> onnx.ModelProto:
+        if module.spec.name not in graphs:
+            graphs[module.spec.name] = trace(module, *args)
+        return copy.deepcopy(graphs[module.spec.name])
+
+    monkeypatch.setattr(onnx_export, "_trace", traced)
+
+
 def pixels_of(encoder: Encoder, count: int) -> np.ndarray:
-    return np.stack(
-        [image_pixels(p, encoder.spec.preprocess) for p in sample_paths()[5::9][:count]]
-    )
+    paths = sample_paths()[5::9][:count]
+    return np.stack([image_pixels(path, encoder.spec.preprocess) for path in paths])
 
 
 def assert_parity(model: Encoder, onnx_encoder: OnnxEncoder) -> None:
