@@ -1,5 +1,6 @@
 """What export_onnx writes, and what it refuses to write."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -11,7 +12,15 @@ from torch import nn
 from typer.testing import CliRunner
 
 import clever_zoo
-from clever_zoo import Classifier, Encoder, ModelSpec, OnnxClassifier, OnnxEncoder, export_onnx
+from clever_zoo import (
+    Classifier,
+    Encoder,
+    ModelSpec,
+    OnnxClassifier,
+    OnnxEncoder,
+    export_onnx,
+    onnx_export,
+)
 from clever_zoo.cli import app
 from clever_zoo.embedder import ImageEmbedder
 from clever_zoo.encoder import current_weights
