@@ -1,5 +1,6 @@
 """Work done ahead of its use: threads, a bounded window, results in order."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,3 +37,10 @@ def map_ahead(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def usable_cores() -> int:
+    """Number of processor cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
