@@ -21,7 +21,6 @@ from clever_zoo.bulk_output import output_writer
 from clever_zoo.bulk_parts import Chunk, Part, PartFolder
 from clever_zoo.embedding import Embedding, join_batches
 from clever_zoo.errors import DataError, ImageError
-from clever_zoo.files import replacing
 from clever_zoo.preprocess import IMAGE_SUFFIXES, batched, check_batch_size, image_pixels
 from clever_zoo.spec import ModelSpec
 
@@ -203,11 +202,9 @@ def embed_files(
     try:
         for number, content in run(missing(), Options(batch_size, threads, on_error), advance):
             folder.save(number, content)
-        errors_path, unreadable = _write_errors(folder.errors(count), out)
-        merged = folder.path / f"merged{out.suffix}"
-        with replacing(merged) as temporary:
+        unreadable, errors_path = _write_errors(folder, count, out)
+        with folder.building(out) as temporary:
             written = write(temporary, folder.parts(count), encoder.spec, _metadata(encoder.spec))
-        merged.replace(out)
         folder.remove()
     finally:
         if folder.path.exists():
@@ -238,18 +235,17 @@ def _metadata(spec: ModelSpec) -> dict[str, str]:
     return {"model": spec.name, "sha256": spec.weights.sha256 if spec.weights else ""}
 
 
-def _write_errors(lines: Iterator[str], out: Path) -> tuple[Path | None, int]:
+def _write_errors(folder: PartFolder, count: int, out: Path) -> tuple[int, Path | None]:
     path = out.with_suffix(".errors.jsonl")
-    first = next(lines, None)
-    if first is None:
-        path.unlink(missing_ok=True)
-        return None, 0
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        count = 0
-        for line in itertools.chain([first], lines):
+    lines = 0
+    with folder.building(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for line in folder.errors(count):
             file.write(f"{line}\n")
-            count += 1
-    return path, count
+            lines += 1
+    if lines:
+        return lines, path
+    path.unlink()
+    return 0, None
 
 
 class _Loaded(NamedTuple):

@@ -9,6 +9,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from clever_zoo.embedding import Embedding
 from clever_zoo.errors import DataError, ImageError
-from clever_zoo.files import write_atomic
+from clever_zoo.files import replacing, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +147,14 @@ class PartFolder:
         """Read the error lines of the first `count` chunks."""
         for number in range(count):
             yield from _read(self._part_path(number), "error")["error"].tolist()
+
+    @contextmanager
+    def building(self, target: Path) -> Iterator[Path]:
+        """As `files.replacing`, but what a kill leaves behind lies in this folder."""
+        whole = self.path / target.name
+        with replacing(whole) as temporary:
+            yield temporary
+        whole.replace(target)
 
     def remove(self) -> None:
         """Delete the folder and all that is in it."""
