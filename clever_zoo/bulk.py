@@ -186,7 +186,7 @@ def embed_files(
         nonlocal done, resumed, count
         for chunk in _chunks(paths, batch_size):
             count += 1
-            if folder.has(chunk):
+            if folder.has(chunk, flawless=on_error == "raise"):
                 resumed += len(chunk.paths)
                 done += len(chunk.paths)
             else:

@@ -112,8 +112,8 @@ class PartFolder:
                 "set them as they were, or start again without resume"
             )
 
-    def has(self, chunk: Chunk) -> bool:
-        """Whether a chunk is done.
+    def has(self, chunk: Chunk, *, flawless: bool) -> bool:
+        """Whether a chunk is done; if `flawless`, with all of its files readable.
 
         Raises:
             DataError: If its part is of other files, or damaged.
@@ -121,13 +121,14 @@ class PartFolder:
         path = self._part_path(chunk.number)
         if not path.exists():
             return False
-        if str(_read(path, "files")["files"]) != chunk.digest():
+        stored = _read(path, "files", "error")
+        if str(stored["files"]) != chunk.digest():
             last = chunk.first + len(chunk.paths) - 1
             raise DataError(
                 f"{path} is not of the files {chunk.first} to {last} that are asked for now: the "
                 "list changed; restore it, or start again without resume"
             )
-        return True
+        return not (flawless and stored["error"].size)
 
     def save(self, number: int, content: bytes) -> None:
         """Store the part of a chunk in one step."""

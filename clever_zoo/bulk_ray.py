@@ -55,7 +55,8 @@ class RayEngine:
 
         Raises:
             ImageError: With on_error="raise".
-            EngineError: If a worker fails otherwise.
+            BackendMissingError: If the cluster has no GPU, and needs one.
+            EngineError: If the workers fail otherwise.
         """
         with self._cluster():
             # In Ray's store and not here: a million paths would be a few hundred megabytes.
@@ -71,7 +72,7 @@ class RayEngine:
             except self._ray.exceptions.RayError as error:
                 reason = str(error).strip().splitlines()[-1]
                 raise EngineError(
-                    f"a Ray worker failed: {reason}; see the traceback above it, then resume"
+                    f"Ray stopped: {reason}; mend that and resume, what is done is kept"
                 ) from error
 
     def _block(self, chunk: Chunk) -> Any:
@@ -85,11 +86,16 @@ class RayEngine:
 
     def _dataset(self, blocks: list[Any], options: Options) -> Any:
         kind = "GPU" if self._gpus else "CPU"
-        workers = self._workers or int(self._ray.cluster_resources()[kind])
+        available = int(self._ray.cluster_resources().get(kind, 0))
+        if not available:
+            raise BackendMissingError(
+                f"the Ray cluster has no {kind}; add one or change the device"
+            )
+        workers = min(self._workers or available, len(blocks))
         return self._ray.data.from_arrow_refs(blocks).map(
             _Worker,
             fn_constructor_args=(self._load, options, Path.cwd()),
-            compute=self._ray.data.ActorPoolStrategy(size=min(workers, len(blocks))),
+            compute=self._ray.data.ActorPoolStrategy(size=workers),
             num_cpus=1,
             num_gpus=self._gpus,
         )
@@ -103,7 +109,7 @@ class RayEngine:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         self._ray.init(logging_level=logging.ERROR, log_to_driver=False)
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised too
         self._ray.data.DataContext.get_current().enable_progress_bars = False
         try:
             yield

@@ -183,6 +183,15 @@ def test_a_bad_file_can_be_mended_before_going_on(run, pictures, tmp_path: Path)
     assert (report.written, report.resumed, report.errors_path) == (100, 64, None)
 
 
+def test_raise_does_not_pass_over_what_an_earlier_run_skipped(run, pictures) -> None:
+    interrupt(run)
+    with pytest.raises(ImageError, match=r"image 4 "):
+        run(on_error="raise", resume=True)
+    for path in pictures[4::9]:
+        shutil.copy(sample_paths()[0], path)
+    assert run(on_error="raise", resume=True).written == 100
+
+
 def test_a_missing_writer_is_found_before_the_work(run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     encoder = PixelSlices()
