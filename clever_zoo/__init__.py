@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from clever_zoo.encoder import create_transform as create_transform
     from clever_zoo.encoder import from_pretrained as from_pretrained
     from clever_zoo.errors import CleverZooError as CleverZooError
+    from clever_zoo.onnx_encoder import OnnxClassifier as OnnxClassifier
+    from clever_zoo.onnx_encoder import OnnxEncoder as OnnxEncoder
+    from clever_zoo.onnx_export import ExportReport as ExportReport
+    from clever_zoo.onnx_export import export_onnx as export_onnx
     from clever_zoo.registry import list_models as list_models
     from clever_zoo.registry import model_info as model_info
     from clever_zoo.spec import ModelSpec as ModelSpec
@@ -37,13 +41,17 @@ _PUBLIC = {
     "Comparison": "compare",
     "Embedding": "embedding",
     "Encoder": "encoder",
+    "ExportReport": "onnx_export",
     "ModelSpec": "spec",
+    "OnnxClassifier": "onnx_encoder",
+    "OnnxEncoder": "onnx_encoder",
     "Part": "embedding",
     "Predictions": "embedding",
     "compare_images": "compare",
     "create_classifier": "classifier",
     "create_encoder": "encoder",
     "create_transform": "encoder",
+    "export_onnx": "onnx_export",
     "from_pretrained": "encoder",
     "list_backbones": "backbones",
     "list_models": "registry",

@@ -20,7 +20,7 @@ from clever_zoo.encoder import (
     usable_device,
 )
 from clever_zoo.errors import BackendMissingError, SpecError, WeightsMismatchError
-from clever_zoo.files import locate_classifier, write_atomic
+from clever_zoo.files import describes_classifier, locate_classifier, write_atomic
 from clever_zoo.preprocess import ImageInput, normalize_pixels, pixel_batches
 from clever_zoo.spec import CLASSIFIER_KEY, CONFIG_FILENAME, ClassifierSpec, WeightFile
 
@@ -181,7 +181,7 @@ class Classifier(nn.Module):
         Raises:
             NonFiniteError: If a value does not fit the storage type.
         """
-        content = pack_weights(self._timm_module()[0], dtype)
+        content = pack_weights(self.stored_module(), dtype)
         weights = WeightFile.of(content)
         encoder = self.encoder.spec.model_copy(update={"weights": weights})
         spec = self.spec.model_copy(update={"encoder": encoder})
@@ -189,6 +189,10 @@ class Classifier(nn.Module):
         write_atomic(Path(folder) / weights.filename, content)
         write_atomic(Path(folder) / CONFIG_FILENAME, config.encode())
         return spec
+
+    def stored_module(self) -> nn.Module:
+        """What `save_pretrained` writes: a copy of the backbone with the head where timm has it."""
+        return self._timm_module()[0]
 
     def _timm_module(self) -> tuple[nn.Module, nn.Linear]:
         """A copy of the backbone with the head where timm has it, and that head, (C, D)."""
@@ -261,6 +265,22 @@ class Classifier(nn.Module):
         module.set_submodule(BACKBONES[spec.encoder.backbone].classifier, nn.Identity())
         classifier.encoder.backbone = module
         return classifier
+
+
+def load_model(source: str | Path, *, device: str = "cpu", **hub: Any) -> "Encoder | Classifier":
+    """Load an encoder or a classifier, whichever the source describes, in evaluation mode.
+
+    Args:
+        source: See `clever_zoo.from_pretrained`.
+        device: Where to put it.
+        **hub: revision, cache_dir, local_files_only and token.
+
+    Raises:
+        UnknownModelError, SourceError, SpecError, DownloadError, IntegrityError: See
+            `clever_zoo.from_pretrained`.
+    """
+    load = Classifier.from_pretrained if describes_classifier(source, **hub) else from_pretrained
+    return load(source, device=device, **hub)
 
 
 def _layer_depths(backbone: nn.Module) -> Mapping[str, int]:

@@ -1,4 +1,4 @@
-"""The command line: ``clever-zoo list | info | embed | compare | verify``."""
+"""The command line: ``clever-zoo list | info | embed | compare | export | verify``."""
 
 import functools
 import json
@@ -251,6 +251,78 @@ def compare(
             f"{name}: cosine {likeness.cosine:.3f}, more alike than "
             f"{int(likeness.percent_less_alike)} % of pairs of different bundled pictures"
         )
+
+
+class InputChoice(StrEnum):
+    """What an exported graph is fed with."""
+
+    uint8 = "uint8"
+    float32 = "float32"
+
+
+class PrecisionChoice(StrEnum):
+    """Weights and arithmetic of an exported graph."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(help="As --model of embed; an encoder or a classifier.", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Target.")],
+    input: Annotated[
+        InputChoice,
+        typer.Option(
+            help="uint8: (batch, size, size, 3) RGB, normalised inside the graph; "
+            "float32: (batch, 3, size, size), normalised by you."
+        ),
+    ] = InputChoice.uint8,
+    precision: Annotated[
+        PrecisionChoice, typer.Option(help="fp16 is for GPUs, int8 for CPUs.")
+    ] = PrecisionChoice.fp32,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder, glob pattern or file, may be repeated: pictures like yours, for int8 of "
+            "a convolutional backbone. The default, bundled pictures of clothes, is a poor guess."
+        ),
+    ] = None,
+) -> None:
+    """Write a model as one self-contained ONNX file, checked against torch.
+
+    Input `pixels`, outputs `invariant` and `equivariant` (`logits` of a classifier); the batch is
+    dynamic. A graph that does not give torch's values is not written. Needs the extra [export];
+    to run the file, [onnx] is enough.
+
+    Example: clever-zoo export clever-resnet18 -o model.onnx
+    Then: clever-zoo embed photos/ -m model.onnx -o photos.parquet
+    """
+    try:
+        from clever_zoo.bulk import find_images
+        from clever_zoo.classifier import load_model
+        from clever_zoo.onnx_export import export_onnx
+
+        pictures = find_images(calibration) if calibration else None
+        with _err.status(f"exporting {model} and comparing it with torch"):
+            report = export_onnx(
+                load_model(model),
+                output,
+                input=input.value,
+                precision=precision.value,
+                calibration=pictures,
+            )
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    figure = "greatest relative difference" if report.info.precision == "fp32" else "least cosine"
+    typer.echo(f"{report.path}: {report.size_bytes / 1e6:.1f} MB, sha256 {report.sha256}")
+    for name, value in report.parity.items():
+        shown = f"{value:.1e}" if report.info.precision == "fp32" else f"{value:.5f}"
+        typer.echo(f"{name}: {figure} to torch {shown}")
 
 
 @app.command()

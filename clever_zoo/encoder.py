@@ -1,5 +1,6 @@
 """The torch encoder: a backbone, its spec, and the split into two halves."""
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clever_zoo.backbones import backbone_info, build_backbone
-from clever_zoo.embedding import Embedding, join_batches, split_features
+from clever_zoo.embedder import ImageEmbedder
+from clever_zoo.embedding import Embedding, split_features
 from clever_zoo.errors import (
     BackendMissingError,
     IntegrityError,
@@ -23,6 +25,7 @@ from clever_zoo.errors import (
 from clever_zoo.files import locate_model, write_atomic
 from clever_zoo.preprocess import (
     ImageInput,
+    check_pixels,
     image_pixels,
     load_image,
     normalize_pixels,
@@ -40,11 +43,10 @@ except ImportError as error:
         f'{error.name} is not installed: pip install "clever-zoo[torch]"'
     ) from error
 
-Progress = Callable[[int], None]
 StorageType = Literal["float32", "float16"]
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ImageEmbedder):
     """Pixels to embeddings; what this project publishes.
 
     Args:
@@ -117,51 +119,15 @@ class Encoder(nn.Module):
         empty = np.zeros((0, size, size, 3), dtype=np.uint8)
         return self._to_tensor(np.concatenate([empty, *batches]))
 
-    def embed(
-        self,
-        images: Iterable[ImageInput],
-        *,
-        batch_size: int = 32,
-        on_progress: Progress | None = None,
-    ) -> Embedding[NDArray[np.float32]]:
-        """Embed any number of images into two arrays, in order.
-
-        Args:
-            images: Paths, PIL images or (H, W, 3) uint8 arrays, mixed as you like.
-            batch_size: Images per forward pass; it does not change the result.
-            on_progress: Called after each batch with the number of images done.
-
-        Returns:
-            float32 `invariant` (N, invariant_dim) and `equivariant` (N, equivariant_dim).
-
-        Raises:
-            ImageError: For the first bad image, with its source and index.
-        """
-        batches = []
-        done = 0
-        for batch in self.embed_batches(images, batch_size=batch_size):
-            batches.append(batch)
-            done += len(batch.invariant)
-            if on_progress is not None:
-                on_progress(done)
-        return join_batches(batches, self.spec.invariant_dim, self.spec.equivariant_dim)
-
-    def embed_batches(
-        self, images: Iterable[ImageInput], *, batch_size: int = 32
-    ) -> Iterator[Embedding[NDArray[np.float32]]]:
-        """Like `embed`, but yields batch after batch in constant memory.
-
-        Raises:
-            ImageError: For the first bad image, with its source and index.
-        """
-        for pixels in pixel_batches(images, self.spec.preprocess, batch_size):
-            yield self.embed_pixels(pixels)
-
     def embed_pixels(self, pixels: NDArray[np.uint8]) -> Embedding[NDArray[np.float32]]:
         """Embed resized and cropped squares, (B, size, size, 3) uint8 RGB.
 
         Runs in evaluation mode and without gradients whatever mode the module is in.
+
+        Raises:
+            ShapeError: For another shape or type.
         """
+        check_pixels(pixels, self.spec.preprocess)
         with evaluating(self), torch.inference_mode():
             halves = self(self._to_tensor(pixels))
             return Embedding(*(half.float().cpu().numpy() for half in halves))
@@ -169,6 +135,10 @@ class Encoder(nn.Module):
     def _to_tensor(self, pixels: NDArray[np.uint8]) -> Tensor:
         device = next(self.parameters()).device
         return torch.from_numpy(normalize_pixels(pixels, self.spec.preprocess)).to(device)
+
+    def stored_module(self) -> nn.Module:
+        """The module whose state `save_pretrained` writes, under timm's names."""
+        return self.backbone
 
     def save_pretrained(self, folder: str | Path, *, dtype: StorageType = "float32") -> ModelSpec:
         """Write config.json and model.safetensors; timm and transformers read the folder too.
@@ -184,7 +154,7 @@ class Encoder(nn.Module):
         Raises:
             NonFiniteError: If a value does not fit the storage type.
         """
-        content = pack_weights(self.backbone, dtype)
+        content = pack_weights(self.stored_module(), dtype)
         weights = WeightFile.of(content)
         spec = self.spec.model_copy(update={"weights": weights})
         config = json.dumps(spec.to_config(), indent=2) + "\n"
@@ -371,6 +341,17 @@ def pack_weights(module: nn.Module, dtype: StorageType = "float32") -> bytes:
                 "look for a broken training step"
             )
     return save(tensors, metadata={"format": "pt"})
+
+
+def current_weights(module: nn.Module, recorded: WeightFile | None) -> WeightFile:
+    """The record of a module's weights: `recorded` if it still holds, else that of float32."""
+    fresh = WeightFile.of(pack_weights(module))
+    if recorded is None:
+        return fresh
+    digests = [fresh.sha256]
+    with contextlib.suppress(NonFiniteError):
+        digests.append(WeightFile.of(pack_weights(module, "float16")).sha256)
+    return recorded if recorded.sha256 in digests else fresh
 
 
 def read_weights(module: nn.Module, path: Path) -> None:

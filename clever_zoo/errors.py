@@ -55,6 +55,10 @@ class ShapeError(CleverZooError, ValueError):
     """A tensor or array of the wrong rank, size or type."""
 
 
+class ExportParityError(CleverZooError, RuntimeError):
+    """An exported graph does not give the model's values; it was not written."""
+
+
 class SourceError(CleverZooError, ValueError):
     """A model source that is malformed or could be read in two ways."""
 

@@ -12,13 +12,21 @@ from typing import NamedTuple
 
 from clever_zoo.errors import DownloadError, IntegrityError, SourceError, SpecError
 from clever_zoo.registry import model_info
-from clever_zoo.spec import CONFIG_FILENAME, ClassifierSpec, ModelSpec, WeightFile
+from clever_zoo.spec import (
+    CLASSIFIER_KEY,
+    CONFIG_FILENAME,
+    ClassifierSpec,
+    ModelSpec,
+    WeightFile,
+    read_json,
+)
 
 logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parent
 # In a wheel the released models lie inside the package, in a checkout beside it.
 _MODEL_FOLDERS = (_PACKAGE / "model_cards", _PACKAGE.parent / "model_cards")
+ONNX_FILENAME = "onnx/model.onnx"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -151,6 +159,68 @@ def locate_classifier(
     find = _finder(parsed, cache_dir, local_files_only, token)
     spec = ClassifierSpec.read(find(CONFIG_FILENAME))
     return spec, _verified_weights(spec.encoder, find, source)
+
+
+def locate_onnx(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> tuple[Path, Path | None]:
+    """Find an ONNX file, and the config.json of the model it was made from.
+
+    Args:
+        source: A path that ends in .onnx (its config.json stands inside it), or see
+            `parse_source`.
+        revision, cache_dir, local_files_only, token: See `locate_model`.
+
+    Raises:
+        SourceError, UnknownModelError, SpecError: If the model cannot be found.
+        DownloadError: If it has no ONNX file; says how to make one.
+    """
+    if is_onnx_path(source):
+        return Path(source), None
+    parsed = parse_source(source, revision)
+    if isinstance(parsed, ReleasedSource):
+        find: Finder = _released_folder(model_info(parsed.name)).joinpath
+    else:
+        find = _finder(parsed, cache_dir, local_files_only, token)
+    config = find(CONFIG_FILENAME)
+    advice = (
+        f"write one with `clever-zoo export {source} -o model.onnx` (needs the extra [export]) and "
+        "pass its path"
+    )
+    try:
+        path = find(ONNX_FILENAME)
+    except DownloadError as error:
+        raise DownloadError(f"{error}; if {source} has no ONNX file, {advice}") from error
+    if not path.is_file():
+        raise DownloadError(f"{source} has no ONNX file ({path} does not exist); {advice}")
+    return path, config
+
+
+def is_onnx_path(source: str | Path) -> bool:
+    """Whether a model source is the path of an ONNX file."""
+    prefixed = isinstance(source, str) and source.startswith(("hf-hub:", "local-dir:"))
+    return not prefixed and Path(source).suffix == ".onnx"
+
+
+def describes_classifier(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> bool:
+    """Whether a source is a classifier and not an encoder; arguments as in `locate_model`."""
+    parsed = parse_source(source, revision)
+    if isinstance(parsed, ReleasedSource):
+        return False
+    find = _finder(parsed, cache_dir, local_files_only, token)
+    return CLASSIFIER_KEY in read_json(find(CONFIG_FILENAME))
 
 
 def _finder(

@@ -159,6 +159,16 @@ def image_pixels(source: ImageInput, spec: PreprocessSpec, index: int = 0) -> ND
     return crop_pixels(load_image(source, index), spec.resize_px, spec.input_size_px)
 
 
+def check_pixels(pixels: NDArray[np.uint8], spec: PreprocessSpec) -> None:
+    """Raise a ShapeError unless pixels are what `image_pixels` makes, (B, size, size, 3) uint8."""
+    size = spec.input_size_px
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
+        raise ShapeError(
+            f"pixels are {pixels.dtype} of shape {pixels.shape}; expected uint8 of shape "
+            f"(B, {size}, {size}, 3), RGB, as clever_zoo.preprocess.image_pixels makes them"
+        )
+
+
 def normalize_pixels(pixels: NDArray[np.uint8], spec: PreprocessSpec) -> NDArray[np.float32]:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, (value / 255 - mean) / std per channel."""
     mean, std = (np.array(values, dtype=np.float32) for values in (spec.mean, spec.std))

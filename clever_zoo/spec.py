@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Self
 
@@ -80,7 +81,7 @@ class Provenance(_Frozen):
     license: str = "Apache-2.0"
 
 
-class _Spec(_Frozen):
+class _Spec(_Frozen, ABC):
     @classmethod
     def create(cls, source: str = "model spec", /, **fields: Any) -> Self:
         """Validate fields into a spec.
@@ -93,6 +94,20 @@ class _Spec(_Frozen):
         except ValidationError as error:
             lines = "".join(f"\n  - {line}" for line in problem_lines(error))
             raise SpecError(f"{source}:{lines}") from error
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: dict[str, Any], source: str) -> Self:
+        """Read the content of a config.json; `source` is for the error message."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a config.json; see `from_config`.
+
+        Raises:
+            SpecError: If the file is missing, no JSON, or does not fit.
+        """
+        return cls.from_config(read_json(path), str(path))
 
 
 class ModelSpec(_Spec):
@@ -191,15 +206,6 @@ class ModelSpec(_Spec):
         _check_complete(spec, fields, where)
         return spec
 
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a config.json; see `from_config`.
-
-        Raises:
-            SpecError: If the file is missing, no JSON, or does not fit.
-        """
-        return cls.from_config(_read_json(path), str(path))
-
 
 class ClassifierSpec(_Spec):
     """A classifier: an encoder, and which part of its features a linear head reads.
@@ -259,26 +265,26 @@ class ClassifierSpec(_Spec):
         }
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read the config.json of a classifier strictly.
+    def from_config(cls, config: dict[str, Any], source: str) -> Self:
+        """Read the sections `clever_classifier` and `clever` of a config.json strictly.
 
         Raises:
-            SpecError: If the file is missing, no JSON, does not fit, or describes an encoder.
+            SpecError: If it does not fit, or describes an encoder.
         """
-        config = _read_json(path)
-        part = config.pop(CLASSIFIER_KEY, None) if isinstance(config, dict) else None
+        part = config.get(CLASSIFIER_KEY) if isinstance(config, dict) else None
         if not isinstance(part, dict):
             raise SpecError(
-                f"{path} has no section {CLASSIFIER_KEY!r}, so it is no classifier; put a head on "
-                "an encoder with clever_zoo.create_classifier(source, num_classes)"
+                f"{source} has no section {CLASSIFIER_KEY!r}, so it is no classifier; put a head "
+                "on an encoder with clever_zoo.create_classifier(source, num_classes)"
             )
-        where = f"{path}, section {CLASSIFIER_KEY!r}"
-        fields = _current_version(part, CLASSIFIER_KEY, str(path))
+        where = f"{source}, section {CLASSIFIER_KEY!r}"
+        fields = _current_version(part, CLASSIFIER_KEY, source)
         if "encoder" in fields:
             raise SpecError(f"{where}:\n  - encoder: unknown key; it is the section 'clever'")
-        encoder = ModelSpec.from_config(config, str(path))
-        spec = cls.create(where, encoder=encoder.model_dump(mode="json"), **fields)
-        _check_complete(spec, {"encoder": encoder.model_dump(mode="json"), **fields}, where)
+        rest = {key: value for key, value in config.items() if key != CLASSIFIER_KEY}
+        encoder = ModelSpec.from_config(rest, source).model_dump(mode="json")
+        spec = cls.create(where, encoder=encoder, **fields)
+        _check_complete(spec, {"encoder": encoder, **fields}, where)
         return spec
 
 
@@ -300,7 +306,12 @@ def _check_complete(spec: BaseModel, fields: dict[str, Any], where: str) -> None
         raise SpecError(f"{where}:" + "".join(f"\n  - {key}: missing" for key in absent))
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The content of a config.json.
+
+    Raises:
+        SpecError: If the file is missing or no JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

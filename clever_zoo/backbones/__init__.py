@@ -2,7 +2,7 @@
 
 import difflib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from clever_zoo.errors import BackendMissingError, SpecError, UnknownModelError
 
@@ -22,6 +22,8 @@ class BackboneInfo:
         allowed_args: Further timm arguments that a spec may set.
         classifier: Name of the layer that timm would put a classifier at.
         first_conv: Name of the layer that reads the pixels.
+        int8: How it is quantised for ONNX: "static", with ranges of activations from calibration
+            images, or "dynamic", its matrix products with ranges from each batch.
     """
 
     architecture: str
@@ -29,19 +31,20 @@ class BackboneInfo:
     global_pool: str
     classifier: str
     first_conv: str
+    int8: Literal["static", "dynamic"]
     model_args: dict[str, Any] = field(default_factory=dict)
     allowed_args: tuple[str, ...] = ("drop_rate", "drop_path_rate")
 
 
 def _resnet(architecture: str, feature_dim: int) -> BackboneInfo:
-    return BackboneInfo(architecture, feature_dim, "avg", "fc", "conv1")
+    return BackboneInfo(architecture, feature_dim, "avg", "fc", "conv1", "static")
 
 
 def _vit(architecture: str, feature_dim: int) -> BackboneInfo:
     dynamic = {"dynamic_img_size": True}  # multi-crop training feeds two sizes
     allowed = ("img_size", "patch_size", "drop_rate", "drop_path_rate")
     return BackboneInfo(
-        architecture, feature_dim, "token", "head", "patch_embed.proj", dynamic, allowed
+        architecture, feature_dim, "token", "head", "patch_embed.proj", "dynamic", dynamic, allowed
     )
 
 
