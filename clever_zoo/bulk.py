@@ -8,7 +8,7 @@ import itertools
 import logging
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -19,28 +19,17 @@ import clever_zoo
 from clever_zoo.ahead import map_ahead, usable_cores
 from clever_zoo.bulk_output import output_writer
 from clever_zoo.bulk_parts import Chunk, Part, PartFolder
-from clever_zoo.embedding import Embedding, join_batches
+from clever_zoo.embedder import ImageEmbedder, Progress
+from clever_zoo.embedding import join_batches
 from clever_zoo.errors import DataError, ImageError
 from clever_zoo.preprocess import IMAGE_SUFFIXES, batched, check_batch_size, image_pixels
-from clever_zoo.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["skip", "raise"]
-Progress = Callable[[int], None]
 
 # Files to a part, rounded up to whole batches: what a killed run may lose.
 PART_IMAGES = 1024
-
-
-class PixelEncoder(Protocol):
-    """What bulk needs of an encoder, whatever its runtime."""
-
-    spec: ModelSpec
-
-    def embed_pixels(self, pixels: NDArray[np.uint8]) -> Embedding[NDArray[np.float32]]:
-        """(B, size, size, 3) uint8 -> the two halves."""
-        ...
 
 
 class Options(NamedTuple):
@@ -135,7 +124,7 @@ def _distinct(paths: Iterable[Path]) -> Iterator[Path]:
 
 def embed_files(
     paths: Iterable[str | Path],
-    encoder: PixelEncoder,
+    encoder: ImageEmbedder,
     out: Path,
     *,
     batch_size: int = 32,
@@ -147,10 +136,10 @@ def embed_files(
 ) -> BulkReport:
     """Embed image files into a .parquet or .npz file.
 
-    Columns (or arrays) `path`, `invariant` and `equivariant`; the model's full name and the
-    digest of its weights are in the Parquet schema's metadata, or in the arrays `model` and
-    `sha256`. Memory does not grow with the number of files, except that a .npz is put together
-    in memory.
+    Columns (or arrays) `path`, `invariant` and `equivariant`; the model's full name, the digest
+    of its weights and the precision it ran in are in the Parquet schema's metadata, or in the
+    arrays `model`, `sha256` and `precision`. Memory does not grow with the number of files,
+    except that a .npz is put together in memory.
 
     What is done is kept in parts in the folder `.NAME.parts` beside the output, until all is and
     the output is made of them.
@@ -204,7 +193,7 @@ def embed_files(
             folder.save(number, content)
         unreadable, errors_path = _write_errors(folder, count, out)
         with folder.building(out) as temporary:
-            written = write(temporary, folder.parts(count), encoder.spec, _metadata(encoder.spec))
+            written = write(temporary, folder.parts(count), encoder.spec, _metadata(encoder))
         folder.remove()
     finally:
         if folder.path.exists():
@@ -218,21 +207,25 @@ def _chunks(paths: Iterable[str | Path], batch_size: int) -> Iterator[Chunk]:
         yield Chunk(number, number * size, chunk)
 
 
-def _settings(encoder: PixelEncoder, batch_size: int) -> dict[str, object]:
+def _settings(encoder: ImageEmbedder, batch_size: int) -> dict[str, object]:
     """What changes the numbers in a part, or which files are in it."""
-    spec = encoder.spec
     return {
-        **_metadata(spec),
+        **_metadata(encoder),
         "encoder": type(encoder).__name__,
-        "preprocess": spec.preprocess.model_dump(mode="json"),
-        "invariant_dim": spec.invariant_dim,
+        "preprocess": encoder.spec.preprocess.model_dump(mode="json"),
+        "invariant_dim": encoder.spec.invariant_dim,
         "batch_size": batch_size,
         "version": clever_zoo.__version__,
     }
 
 
-def _metadata(spec: ModelSpec) -> dict[str, str]:
-    return {"model": spec.name, "sha256": spec.weights.sha256 if spec.weights else ""}
+def _metadata(encoder: ImageEmbedder) -> dict[str, str]:
+    weights = encoder.spec.weights
+    return {
+        "model": encoder.spec.name,
+        "sha256": weights.sha256 if weights else "",
+        "precision": encoder.precision,
+    }
 
 
 def _write_errors(folder: PartFolder, count: int, out: Path) -> tuple[int, Path | None]:
@@ -256,7 +249,7 @@ class _Loaded(NamedTuple):
 
 
 def embed_chunks(
-    encoder: PixelEncoder,
+    encoder: ImageEmbedder,
     chunks: Iterable[Chunk],
     options: Options,
     on_progress: Progress = lambda files: None,

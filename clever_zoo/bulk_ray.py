@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clever_zoo.bulk import Options, PixelEncoder, Progress, embed_chunks
+from clever_zoo.bulk import Options, embed_chunks
 from clever_zoo.bulk_parts import Chunk
+from clever_zoo.embedder import ImageEmbedder, Progress
 from clever_zoo.errors import BackendMissingError, EngineError, ImageError
 
 
@@ -32,7 +33,7 @@ class RayEngine:
 
     def __init__(
         self,
-        load: Callable[[], PixelEncoder],
+        load: Callable[[], ImageEmbedder],
         *,
         workers: int | None = None,
         gpus_per_worker: int = 0,
@@ -120,7 +121,7 @@ class RayEngine:
 class _Worker:
     """Loads an encoder once and embeds chunk after chunk."""
 
-    def __init__(self, load: Callable[[], PixelEncoder], options: Options, folder: Path) -> None:
+    def __init__(self, load: Callable[[], ImageEmbedder], options: Options, folder: Path) -> None:
         os.chdir(folder)  # relative paths mean what they mean to the caller
         self._encoder = load()
         self._options = options._replace(threads=options.threads or 1)

@@ -1,4 +1,4 @@
-"""The command line: ``clever-zoo list | info | embed | compare | export | verify``."""
+"""The command line: ``clever-zoo list | info | embed | export | serve | compare | verify``."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clever_zoo.backbones import list_backbones
-from clever_zoo.errors import CleverZooError
+from clever_zoo.errors import BackendMissingError, CleverZooError
 from clever_zoo.registry import list_models, model_info
 
 app = typer.Typer(
@@ -57,6 +57,15 @@ class EngineChoice(StrEnum):
 
     local = "local"
     ray = "ray"
+
+
+class LogLevel(StrEnum):
+    """Least severe messages of the service to print."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
 
 
 class OnErrorChoice(StrEnum):
@@ -340,6 +349,105 @@ def verify(
     except (CleverZooError, OSError) as error:
         fail(error)
     typer.echo(f"{model}: digest as recorded, golden values within {difference:.1e}")
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="A released name, a Hub repository, local-dir:PATH or .onnx file.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
+    runtime: Annotated[
+        RuntimeChoice,
+        typer.Option(help="auto: onnx for an .onnx file or a model that has one beside it."),
+    ] = RuntimeChoice.auto,
+    device: Annotated[str, typer.Option(help="cpu, cuda; with torch also cuda:1, mps.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the network.", show_default="one per core")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
+    max_delay_ms: Annotated[
+        float, typer.Option(min=0, help="How long an image waits for others to share its batch.")
+    ] = 5.0,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Images that may wait; more are refused with 503.")
+    ] = 256,
+    max_body_mb: Annotated[
+        int,
+        typer.Option(min=1, help="Largest body; larger ones are refused with 413."),
+    ] = 64,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="CLEVER_ZOO_TOKEN",
+            help="Bearer token to ask for; better in the environment, where `ps` shows it less.",
+        ),
+    ] = None,
+    drain_timeout_s: Annotated[
+        float, typer.Option(min=0, help="Longest time for requests in work after SIGTERM.")
+    ] = 30.0,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log each request.")] = False,
+    log_level: Annotated[LogLevel, typer.Option()] = LogLevel.warning,
+) -> None:
+    """Serve a model over HTTP: KServe V2 for tensors, POST /embed for image files.
+
+    SIGTERM refuses new requests, finishes those in work and ends with exit code 0; with 1 if some
+    were lost to --drain-timeout-s. With a token all paths but /v2/health/... ask for it.
+    /openapi.json describes the paths, /metrics is for Prometheus.
+
+    \b
+    Examples:
+      clever-zoo serve clever-resnet18
+      curl localhost:8000/v2/health/ready
+      curl localhost:8000/v2/models/clever-resnet18
+      curl -F a=@shoe.png -F b=@shirt.jpg localhost:8000/embed
+      curl -H 'Content-Type: image/png' --data-binary @shoe.png localhost:8000/embed
+      CLEVER_ZOO_TOKEN=secret clever-zoo serve model.onnx --host 0.0.0.0
+      curl -H 'Authorization: Bearer secret' -F a=@shoe.png localhost:8000/embed
+
+    \b
+    From Python, with tritonclient[http]:
+      client = tritonclient.http.InferenceServerClient("localhost:8000")
+      pixels = tritonclient.http.InferInput("pixels", [1, 32, 32, 3], "UINT8")
+      pixels.set_data_from_numpy(array)
+      client.infer("clever-resnet18", [pixels]).as_numpy("invariant")
+    """
+    try:
+        from clever_zoo.serve.app import Limits, create_app
+        from clever_zoo.serve.model import load_served_model
+        from clever_zoo.serve.server import DrainingServer, is_loopback, open_socket
+    except ImportError as error:
+        fail(BackendMissingError(f'{error.name} is missing: pip install "clever-zoo[serve]"'))
+    try:
+        served = load_served_model(model, runtime=runtime.value, device=device, threads=threads)
+        listening = open_socket(host, port)
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    limits = Limits(
+        max_batch=max_batch,
+        max_delay_s=max_delay_ms / 1e3,
+        max_queue=max_queue,
+        max_body_bytes=max_body_mb << 20,
+    )
+    if token is None and not is_loopback(listening):
+        typer.echo(
+            f"warning: anyone who reaches {host} can use this; set CLEVER_ZOO_TOKEN", err=True
+        )
+    server = DrainingServer(
+        create_app(served, limits, token),
+        drain_timeout_s=drain_timeout_s,
+        access_log=access_log,
+        log_level=log_level.value,
+    )
+    typer.echo(
+        f"{served.name} (sha256 {served.sha256 or 'none'}, {served.platform}) on "
+        f"http://{host}:{listening.getsockname()[1]}"
+    )
+    server.run([listening])
+    if server.lost:
+        typer.echo(f"{server.lost} requests were not finished in {drain_timeout_s:g} s", err=True)
+        raise typer.Exit(1)
 
 
 def main() -> None:

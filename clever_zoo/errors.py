@@ -3,7 +3,7 @@
 A message says what happened with the actual value, what is allowed, and what to do next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class CleverZooError(Exception):
@@ -90,3 +90,18 @@ class RecipeError(CleverZooError, ValueError):
         lines = "".join(f"\n  - {problem}" for problem in problems)
         super().__init__(f"{source}: {len(problems)} problem(s){lines}")
         self.source, self.problems = source, tuple(problems)
+
+
+class RequestError(CleverZooError, ValueError):
+    """A request that the service refuses.
+
+    Attributes:
+        status: HTTP status, 4xx or 503.
+        headers: Headers of the answer.
+    """
+
+    def __init__(
+        self, message: str, status: int = 400, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, dict(headers or {})

@@ -184,7 +184,7 @@ def locate_onnx(
         return Path(source), None
     parsed = parse_source(source, revision)
     if isinstance(parsed, ReleasedSource):
-        find: Finder = _released_folder(model_info(parsed.name)).joinpath
+        find: Finder = released_folder(model_info(parsed.name)).joinpath
     else:
         find = _finder(parsed, cache_dir, local_files_only, token)
     config = find(CONFIG_FILENAME)

@@ -48,18 +48,28 @@ def load_image(source: ImageInput, index: int = 0) -> Image.Image:
     return _open(source, str(source), index)
 
 
-def decode_image(content: bytes, name: str, index: int = 0) -> Image.Image:
+def decode_image(
+    content: bytes | bytearray, name: str, index: int = 0, *, max_pixels: int | None = None
+) -> Image.Image:
     """As `load_image`, for the content of an image file; `name` is for the error message.
 
     Raises:
-        ImageError: See `load_image`.
+        ImageError: See `load_image`; or if it has more than `max_pixels` pixels.
     """
-    return _open(io.BytesIO(content), name, index)
+    return _open(io.BytesIO(content), name, index, max_pixels)
 
 
-def _open(file: str | Path | io.BytesIO, name: str, index: int) -> Image.Image:
+def _open(
+    file: str | Path | io.BytesIO, name: str, index: int, max_pixels: int | None = None
+) -> Image.Image:
     try:
         with Image.open(file) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise ImageError(
+                    name,
+                    index,
+                    f"{image.width}x{image.height} pixels, at most {max_pixels} in all; shrink it",
+                )
             return _to_rgb(image, name, index)
     except FileNotFoundError as error:
         raise ImageError(name, index, "no such file") from error

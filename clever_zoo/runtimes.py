@@ -2,12 +2,23 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from clever_zoo.bulk import PixelEncoder
+from clever_zoo.embedder import ImageEmbedder
 from clever_zoo.errors import BackendMissingError
-from clever_zoo.files import HubSource, LocalSource, ReleasedSource, parse_source, released_folder
+from clever_zoo.files import (
+    ONNX_FILENAME,
+    HubSource,
+    LocalSource,
+    ReleasedSource,
+    is_onnx_path,
+    parse_source,
+    released_folder,
+)
 from clever_zoo.registry import model_info
+
+if TYPE_CHECKING:
+    from clever_zoo.onnx_graph import OnnxGraph
 
 Runtime = Literal["auto", "onnx", "torch"]
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -19,7 +30,7 @@ def load_encoder(
     runtime: Runtime = "auto",
     device: str = "cpu",
     threads: int | None = None,
-) -> PixelEncoder:
+) -> ImageEmbedder:
     """Load an encoder for inference.
 
     Args:
@@ -37,7 +48,7 @@ def load_encoder(
     if choose_runtime(source, runtime) == "onnx":
         from clever_zoo.onnx_encoder import OnnxEncoder
 
-        return OnnxEncoder.from_pretrained(source, providers=[_provider(device)], threads=threads)
+        return OnnxEncoder(open_graph(source, device=device, threads=threads))
     try:
         import torch
 
@@ -57,7 +68,7 @@ def choose_runtime(source: str | Path, runtime: Runtime) -> Literal["onnx", "tor
     """What "auto" stands for; see `load_encoder`."""
     if runtime != "auto":
         return runtime
-    if Path(source).suffix == ".onnx":
+    if is_onnx_path(source):
         return "onnx"
     installed = importlib.util.find_spec("onnxruntime") is not None
     return "onnx" if installed and _has_graph(source) else "torch"
@@ -66,17 +77,20 @@ def choose_runtime(source: str | Path, runtime: Runtime) -> Literal["onnx", "tor
 def _has_graph(source: str | Path) -> bool:
     match parse_source(source):
         case LocalSource(folder):
-            return (folder / "onnx/model.onnx").is_file()
+            return (folder / ONNX_FILENAME).is_file()
         case ReleasedSource(name):
-            return (released_folder(model_info(name)) / "onnx/model.onnx").is_file()
+            return (released_folder(model_info(name)) / ONNX_FILENAME).is_file()
         case HubSource():
             return False  # Asking the Hub would need the network.
 
 
-def _provider(device: str) -> str:
+def open_graph(source: str | Path, *, device: str, threads: int | None) -> "OnnxGraph":
+    """Open an encoder's or classifier's graph in ONNX Runtime; see `load_encoder`."""
+    from clever_zoo.onnx_graph import OnnxGraph
+
     if device not in _PROVIDERS:
         raise BackendMissingError(
-            f"ONNX Runtime has no device {device!r} here; use {' or '.join(_PROVIDERS)}, "
-            "or --runtime torch"
+            f"ONNX Runtime is used with the devices {' and '.join(_PROVIDERS)}, not {device!r}; "
+            "name one of them, or use the runtime torch"
         )
-    return _PROVIDERS[device]
+    return OnnxGraph.find(source, providers=[_PROVIDERS[device]], threads=threads)

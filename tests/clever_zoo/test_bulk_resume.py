@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
+import clever_zoo
 from clever_zoo import bulk
 from clever_zoo.bulk import BulkReport, embed_files, find_images
+from clever_zoo.embedder import ImageEmbedder
 from clever_zoo.embedding import Embedding, split_features
 from clever_zoo.errors import BackendMissingError, DataError, ImageError
 from clever_zoo.registry import model_info
@@ -32,7 +34,7 @@ SMALL_PARTS_CLI = (
 )
 
 
-class PixelSlices:
+class PixelSlices(ImageEmbedder):
     """An encoder without a network: some of the pixels are the features."""
 
     spec = SPEC
@@ -47,6 +49,13 @@ class PixelSlices:
         self.images += len(pixels)
         features = pixels.reshape(len(pixels), -1)[:, 1000:1512].astype(np.float32)
         return split_features(features, self.spec.invariant_dim)
+
+
+@pytest.fixture(scope="module")
+def onnx_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    clever_zoo.export_onnx(clever_zoo.from_pretrained("clever-resnet18"), path)
+    return path
 
 
 @pytest.fixture
@@ -142,6 +151,10 @@ def test_parts_of_another_run_are_refused(run, pictures, tmp_path: Path) -> None
     other.spec = SPEC.model_copy(update={"weights": weights})
     with pytest.raises(DataError, match=f"sha256 was '{SPEC.weights.sha256}' and is '0000"):
         run(resume=True, encoder=other)
+    other = PixelSlices()
+    other.precision = "int8"
+    with pytest.raises(DataError, match="precision was 'fp32' and is 'int8'"):
+        run(resume=True, encoder=other)
     with pytest.raises(DataError, match=r"part-00000000.npz is not of the files 0 to 15 .*changed"):
         run(resume=True, paths=pictures[1:])
     assert run(resume=True, paths=pictures[:-1]).resumed == 48, "a change after what is done"
@@ -201,10 +214,10 @@ def test_a_missing_writer_is_found_before_the_work(run, tmp_path: Path, monkeypa
     assert run(name="out.npz", encoder=encoder).written == 89
 
 
-def test_kill_at_random_moments(pictures, tmp_path: Path) -> None:
+def test_kill_at_random_moments(pictures, onnx_model: Path, tmp_path: Path) -> None:
     def start(out: Path) -> subprocess.Popen[bytes]:
         command = ["embed", str(tmp_path / "pictures"), "-o", str(out), "--resume"]
-        options = ["-m", "clever-resnet18", "--batch-size", "4", "--threads", "2"]
+        options = ["-m", str(onnx_model), "--batch-size", "4", "--threads", "2"]
         return subprocess.Popen(
             [sys.executable, "-c", SMALL_PARTS_CLI, *command, *options],
             stdout=subprocess.DEVNULL,
@@ -285,3 +298,42 @@ def test_errors_are_listed_in_order(run, pictures, tmp_path: Path) -> None:
     run()
     lines = (tmp_path / "out.errors.jsonl").read_text().splitlines()
     assert [json.loads(line)["path"] for line in lines] == pictures[4::9]
+
+
+def test_onnx_runs_without_torch(pictures, onnx_model: Path, tmp_path: Path) -> None:
+    """Chosen because the model is an .onnx file, or has one in its folder; else it is torch."""
+    encoder = clever_zoo.from_pretrained("clever-resnet18")
+    encoder.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved/onnx").mkdir()
+    shutil.copy(onnx_model, tmp_path / "saved/onnx/model.onnx")
+    without_torch = (
+        "import sys; sys.modules.update(torch=None, torchvision=None, timm=None); "
+        "from clever_zoo.cli import main; main()"
+    )
+
+    def embed(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", without_torch, "embed", str(tmp_path / "pictures")]
+        return subprocess.run(
+            [*command, "-o", str(out), *options], capture_output=True, text=True, check=False
+        )
+
+    models = {"file": str(onnx_model), "folder": f"local-dir:{tmp_path / 'saved'}"}
+    for name, model in models.items():
+        result = embed(tmp_path / f"{name}.parquet", "-m", model)
+        assert result.returncode == 1, result.stderr
+        assert "89 images embedded with clever-resnet18.fmnist (onnx)" in result.stdout
+        assert "images/s" in result.stderr
+    assert content(tmp_path / "file.parquet") == content(tmp_path / "folder.parquet")
+    table = pq.read_table(tmp_path / "file.parquet")
+    assert table.schema.metadata[b"precision"] == b"fp32"
+    expected = encoder.embed(table["path"].to_pylist())
+    for name, half in expected._asdict().items():
+        tolerance = 1e-4 * np.linalg.norm(half, axis=1).max()
+        np.testing.assert_allclose(np.stack(table[name].to_numpy()), half, atol=tolerance)
+
+    result = embed(tmp_path / "x.parquet", "-m", models["folder"], "--runtime", "torch")
+    assert result.returncode == 2
+    assert 'pip install "clever-zoo[torch]"' in result.stderr
+    result = embed(tmp_path / "x.parquet", "-m", str(onnx_model), "--device", "mps")
+    assert result.returncode == 2
+    assert "'mps'" in result.stderr

@@ -1,0 +1,1 @@
+"""Measurements that need a quiet machine: run from a checkout."""
