@@ -24,6 +24,7 @@ from clever_zoo.bulk import BulkReport, embed_files, find_images
 from clever_zoo.embedder import ImageEmbedder
 from clever_zoo.embedding import Embedding, split_features
 from clever_zoo.errors import BackendMissingError, DataError, ImageError
+from clever_zoo.files import released_folder
 from clever_zoo.registry import model_info
 from clever_zoo.samples import sample_paths
 
@@ -303,9 +304,10 @@ def test_errors_are_listed_in_order(run, pictures, tmp_path: Path) -> None:
 def test_onnx_runs_without_torch(pictures, onnx_model: Path, tmp_path: Path) -> None:
     """Chosen because the model is an .onnx file, or has one in its folder; else it is torch."""
     encoder = clever_zoo.from_pretrained("clever-resnet18")
-    encoder.save_pretrained(tmp_path / "saved")
-    (tmp_path / "saved/onnx").mkdir()
+    (tmp_path / "saved/onnx").mkdir(parents=True)
     shutil.copy(onnx_model, tmp_path / "saved/onnx/model.onnx")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(released_folder(SPEC) / name, tmp_path / "saved" / name)
     without_torch = (
         "import sys; sys.modules.update(torch=None, torchvision=None, timm=None); "
         "from clever_zoo.cli import main; main()"
