@@ -46,12 +46,13 @@ def assert_same(out: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ray_workers_give_the_same_file(tmp_path: Path) -> None:
+def test_two_ray_workers_give_the_same_file(onnx_models: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     for i, path in enumerate(sample_paths()[:40]):
         content = b"no picture" if i in (3, 25) else path.read_bytes()
         (tmp_path / f"pictures/{i:02d}.png").write_bytes(content)
-    cli = [sys.executable, "-c", SMALL_PARTS_CLI, "embed", "pictures", "--batch-size", "4"]
+    command = [sys.executable, "-c", SMALL_PARTS_CLI, "embed", "pictures"]
+    cli = [*command, "-m", str(onnx_models / "resnet18.onnx"), "--batch-size", "4"]
     ray = [*cli, "--engine", "ray", "--workers", "2"]
 
     def execute(*command: str) -> subprocess.CompletedProcess[str]:

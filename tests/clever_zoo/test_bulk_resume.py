@@ -52,11 +52,9 @@ class PixelSlices(ImageEmbedder):
         return split_features(features, self.spec.invariant_dim)
 
 
-@pytest.fixture(scope="module")
-def onnx_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    clever_zoo.export_onnx(clever_zoo.from_pretrained("clever-resnet18"), path)
-    return path
+@pytest.fixture
+def onnx_model(onnx_models: Path) -> Path:
+    return onnx_models / "resnet18.onnx"
 
 
 @pytest.fixture
