@@ -1,32 +1,52 @@
-"""A folder of pictures -> one file of embeddings, in constant memory for Parquet."""
+"""Many image files -> one file of embeddings, in constant memory, resumable after a kill."""
 
+import functools
 import glob
-import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import hashlib
+import heapq
+import itertools
+import logging
+import operator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clever_zoo.embedding import Embedding, join_batches
-from clever_zoo.errors import BackendMissingError, DataError, ImageError
-from clever_zoo.files import replacing, write_atomic
-from clever_zoo.preprocess import IMAGE_SUFFIXES, batched, image_pixels
-from clever_zoo.spec import ModelSpec
+import clever_zoo
+from clever_zoo.ahead import map_ahead, usable_cores
+from clever_zoo.bulk_output import output_writer
+from clever_zoo.bulk_parts import Chunk, Part, PartFolder
+from clever_zoo.embedder import ImageEmbedder, Progress
+from clever_zoo.embedding import join_batches
+from clever_zoo.errors import DataError, ImageError
+from clever_zoo.preprocess import IMAGE_SUFFIXES, batched, check_batch_size, image_pixels
+
+logger = logging.getLogger(__name__)
 
 OnError = Literal["skip", "raise"]
-Write = Callable[[list[str], Embedding[NDArray[np.float32]]], None]
+
+# Files to a part, rounded up to whole batches: what a killed run may lose.
+PART_IMAGES = 1024
 
 
-class PixelEncoder(Protocol):
-    """What bulk needs of an encoder, whatever its runtime."""
+class Options(NamedTuple):
+    """How files are embedded; see `embed_files`."""
 
-    spec: ModelSpec
+    batch_size: int
+    threads: int | None
+    on_error: OnError
 
-    def embed_pixels(self, pixels: NDArray[np.uint8]) -> Embedding[NDArray[np.float32]]:
-        """(B, size, size, 3) uint8 -> the two halves."""
+
+class Engine(Protocol):
+    """Where chunks are embedded: `embed_chunks` with an encoder, or `bulk_ray.RayEngine`."""
+
+    def __call__(
+        self, chunks: Iterable[Chunk], options: Options, on_progress: Progress
+    ) -> Iterator[tuple[int, bytes]]:
+        """Chunks -> number and packed part of each, in any order."""
         ...
 
 
@@ -35,160 +55,252 @@ class BulkReport(NamedTuple):
 
     Attributes:
         written: Number of images in the output.
-        errors: The unreadable ones.
-        errors_path: Where they are listed, None if there were none.
+        unreadable: Number of files that are no usable image.
+        resumed: Number of files, readable or not, that an earlier run had done.
+        errors_path: Where the unreadable ones are listed, None if there were none.
     """
 
     written: int
-    errors: list[ImageError]
+    unreadable: int
+    resumed: int
     errors_path: Path | None
 
 
-def find_images(inputs: Iterable[str | Path]) -> list[Path]:
-    """Expand folders (recursively), glob patterns and files into image paths.
+def find_images(inputs: Iterable[str | Path]) -> Iterator[Path]:
+    """Expand folders (recursively), glob patterns and files into image paths, each once.
 
-    A folder gives the files whose suffix is an image's; a file named outright is always taken.
+    A folder gives the files whose suffix is an image's, sorted; a file named outright is always
+    taken. Memory holds the names in one folder at a time, and with several inputs 16 bytes for
+    each path to know it again.
 
     Raises:
         DataError: If an input does not exist or nothing is found.
+        OSError: If a folder cannot be read.
     """
-    found: list[Path] = []
-    for item in map(str, inputs):
-        if Path(item).is_dir():
-            inside = sorted(p for p in Path(item).rglob("*") if p.is_file())
-            found += [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES]
-        elif Path(item).exists():
-            found.append(Path(item))
-        elif matches := sorted(glob.glob(item, recursive=True)):  # noqa: PTH207, absolute patterns too
-            found += [Path(p) for p in matches if Path(p).is_file()]
+    items = [str(item) for item in inputs]
+    paths = itertools.chain.from_iterable(map(_expand, items))
+    first = next(paths, None)
+    if first is None:
+        raise DataError(f"no images in {', '.join(items)}; looked for {' '.join(IMAGE_SUFFIXES)}")
+    paths = itertools.chain([first], paths)
+    yield from paths if len(items) == 1 else _distinct(paths)
+
+
+def _expand(item: str) -> Iterator[Path]:
+    if Path(item).is_dir():
+        yield from _walk(Path(item))
+    elif Path(item).exists():
+        yield Path(item)
+    elif matches := sorted(set(glob.iglob(item, recursive=True))):  # noqa: PTH207, absolute too
+        yield from (Path(match) for match in matches if Path(match).is_file())
+    else:
+        raise DataError(f"{item} is no file, no folder and matches nothing; check the path")
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    images, folders = [], set()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.add(entry.name)
+            elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+                images.append(entry.name)
+    images.sort()
+    for name in heapq.merge(images, sorted(folders)):
+        if name in folders:
+            yield from _walk(folder / name)
         else:
-            raise DataError(f"{item} is no file, no folder and matches nothing; check the path")
-    if not found:
-        raise DataError(
-            f"no images in {', '.join(map(str, inputs))}; looked for {' '.join(IMAGE_SUFFIXES)}"
-        )
-    return list(dict.fromkeys(found))
+            yield folder / name
+
+
+def _distinct(paths: Iterable[Path]) -> Iterator[Path]:
+    seen = set()
+    for path in paths:
+        digest = hashlib.blake2b(os.fsencode(path), digest_size=16).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield path
 
 
 def embed_files(
-    paths: Iterable[Path],
-    encoder: PixelEncoder,
+    paths: Iterable[str | Path],
+    encoder: ImageEmbedder,
     out: Path,
     *,
     batch_size: int = 32,
+    threads: int | None = None,
     on_error: OnError = "skip",
-    on_progress: Callable[[int], None] | None = None,
+    resume: bool = False,
+    on_progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> BulkReport:
     """Embed image files into a .parquet or .npz file.
 
-    Columns (or arrays) `path`, `invariant` and `equivariant`; the model's full name and the
-    digest of its weights are in the Parquet schema's metadata, or in the arrays `model` and
-    `sha256`.
+    Columns (or arrays) `path`, `invariant` and `equivariant`; the model's full name, the digest
+    of its weights and the precision it ran in are in the Parquet schema's metadata, or in the
+    arrays `model`, `sha256` and `precision`. Memory does not grow with the number of files,
+    except that a .npz is put together in memory.
+
+    What is done is kept in parts in the folder `.NAME.parts` beside the output, until all is and
+    the output is made of them.
 
     Args:
-        paths: The images.
+        paths: The images, read lazily.
         encoder: A loaded encoder.
-        out: Target; appears in one step when all is written.
+        out: Target; appears in one step when all is done.
+        batch_size: Images per forward pass.
+        threads: Threads that load images ahead; None for one per core (one per Ray worker).
         on_error: "skip" lists unreadable images beside the output in NAME.errors.jsonl;
             "raise" stops at the first.
-        on_progress: Called with the number of files done, readable or not.
+        resume: Go on from the parts of an interrupted run. Its paths, model and batch size
+            have to be the same; whether the content of a file changed is not looked at. Without
+            it such parts are removed.
+        on_progress: Called with the number of files done, readable or not, resumed ones included.
+        engine: Where to embed; None for this process, with `encoder`.
 
     Raises:
         ImageError: With on_error="raise".
-        DataError: If `out` has another suffix or is a folder.
+        DataError: If `out` has another suffix or is a folder, or the interrupted run was another.
         BackendMissingError: If pyarrow is missing for Parquet.
+        ShapeError: If `batch_size` is under 1.
     """
-    if out.suffix not in _WRITERS:
-        raise DataError(f"{out} must end in {' or '.join(_WRITERS)}")
-    if out.is_dir():
-        raise DataError(f"{out} is a folder; name a file in it")
-    errors_path = out.with_suffix(".errors.jsonl")
-    errors: list[ImageError] = []
-    written = done = 0
-    with replacing(out) as temporary, _WRITERS[out.suffix](temporary, encoder.spec) as write:
-        for batch in batched(paths, batch_size):
-            good, pixels = [], []
-            for path in batch:
-                done += 1
-                try:
-                    _check_name(path, done - 1)
-                    pixels.append(image_pixels(path, encoder.spec.preprocess, done - 1))
-                    good.append(str(path))
-                except ImageError as error:
-                    if on_error == "raise":
-                        raise
-                    errors.append(error)
-            if good:
-                write(good, encoder.embed_pixels(np.stack(pixels)))
-                written += len(good)
-            if on_progress is not None:
-                on_progress(done)
-    errors_path.unlink(missing_ok=True)
-    if not errors:
-        return BulkReport(written, errors, None)
-    lines = [json.dumps({"path": e.source, "reason": e.reason}) for e in errors]
-    write_atomic(errors_path, "".join(f"{line}\n" for line in lines).encode())
-    return BulkReport(written, errors, errors_path)
+    check_batch_size(batch_size)
+    write = output_writer(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = PartFolder(out, _settings(encoder, batch_size))
+    folder.open(resume=resume)
+    done = resumed = count = 0
 
+    def missing() -> Iterator[Chunk]:
+        nonlocal done, resumed, count
+        for chunk in _chunks(paths, batch_size):
+            count += 1
+            if folder.has(chunk, flawless=on_error == "raise"):
+                resumed += len(chunk.paths)
+                done += len(chunk.paths)
+            else:
+                yield chunk
 
-def _check_name(path: Path, index: int) -> None:
+    def advance(files: int) -> None:
+        nonlocal done
+        done += files
+        if on_progress is not None:
+            on_progress(done)
+
+    run = engine or functools.partial(embed_chunks, encoder)
     try:
-        str(path).encode()
+        for number, content in run(missing(), Options(batch_size, threads, on_error), advance):
+            folder.save(number, content)
+        unreadable, errors_path = _write_errors(folder, count, out)
+        with folder.building(out) as temporary:
+            written = write(temporary, folder.parts(count), encoder.spec, _metadata(encoder))
+        folder.remove()
+    finally:
+        if folder.path.exists():
+            logger.warning("what is done is kept in %s, resume goes on from there", folder.path)
+    return BulkReport(written, unreadable, resumed, errors_path)
+
+
+def _chunks(paths: Iterable[str | Path], batch_size: int) -> Iterator[Chunk]:
+    size = -(-PART_IMAGES // batch_size) * batch_size
+    for number, chunk in enumerate(batched(map(str, paths), size)):
+        yield Chunk(number, number * size, chunk)
+
+
+def _settings(encoder: ImageEmbedder, batch_size: int) -> dict[str, object]:
+    """What changes the numbers in a part, or which files are in it."""
+    return {
+        **_metadata(encoder),
+        "encoder": type(encoder).__name__,
+        "preprocess": encoder.spec.preprocess.model_dump(mode="json"),
+        "invariant_dim": encoder.spec.invariant_dim,
+        "batch_size": batch_size,
+        "version": clever_zoo.__version__,
+    }
+
+
+def _metadata(encoder: ImageEmbedder) -> dict[str, str]:
+    weights = encoder.spec.weights
+    return {
+        "model": encoder.spec.name,
+        "sha256": weights.sha256 if weights else "",
+        "precision": encoder.precision,
+    }
+
+
+def _write_errors(folder: PartFolder, count: int, out: Path) -> tuple[int, Path | None]:
+    path = out.with_suffix(".errors.jsonl")
+    lines = 0
+    with folder.building(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for line in folder.errors(count):
+            file.write(f"{line}\n")
+            lines += 1
+    if lines:
+        return lines, path
+    path.unlink()
+    return 0, None
+
+
+class _Loaded(NamedTuple):
+    chunk: Chunk
+    path: str
+    pixels: NDArray[np.uint8] | None
+    error: ImageError | None
+
+
+def embed_chunks(
+    encoder: ImageEmbedder,
+    chunks: Iterable[Chunk],
+    options: Options,
+    on_progress: Progress = lambda files: None,
+) -> Iterator[tuple[int, bytes]]:
+    """Embed chunks here, one after the other: the operator that every engine runs.
+
+    Images are loaded in threads, up to two batches ahead of the network.
+
+    Args:
+        encoder: A loaded encoder.
+        chunks: What to embed, read lazily.
+        options: How.
+        on_progress: Called after each batch with the number of its files.
+
+    Yields:
+        The number of each chunk and its packed part.
+
+    Raises:
+        ImageError: With on_error="raise".
+    """
+    spec, batch_size = encoder.spec, options.batch_size
+
+    def load(item: tuple[Chunk, int]) -> _Loaded:
+        chunk, i = item
+        path, index = chunk.paths[i], chunk.first + i
+        try:
+            _check_name(path, index)
+            return _Loaded(chunk, path, image_pixels(path, spec.preprocess, index), None)
+        except ImageError as error:
+            if options.on_error == "raise":
+                raise
+            return _Loaded(chunk, path, None, error)
+
+    items = ((chunk, i) for chunk in chunks for i in range(len(chunk.paths)))
+    threads = usable_cores() if options.threads is None else options.threads
+    loaded = map_ahead(load, items, threads=threads, ahead=2 * batch_size)
+    for chunk, files in itertools.groupby(loaded, key=operator.attrgetter("chunk")):
+        paths, errors, batches = [], [], []
+        for batch in batched(files, batch_size):
+            paths += [item.path for item in batch if item.pixels is not None]
+            errors += [item.error for item in batch if item.error is not None]
+            pixels = [item.pixels for item in batch if item.pixels is not None]
+            if pixels:
+                batches.append(encoder.embed_pixels(np.stack(pixels)))
+            on_progress(len(batch))
+        embedding = join_batches(batches, spec.invariant_dim, spec.equivariant_dim)
+        yield chunk.number, Part.of(paths, embedding, errors).pack(chunk)
+
+
+def _check_name(path: str, index: int) -> None:
+    try:
+        path.encode()
     except UnicodeEncodeError as error:
-        raise ImageError(str(path), index, "the file name is not valid UTF-8; rename it") from error
-
-
-def _metadata(spec: ModelSpec) -> dict[str, str]:
-    return {"model": spec.name, "sha256": spec.weights.sha256 if spec.weights else ""}
-
-
-@contextmanager
-def _parquet_writer(path: Path, spec: ModelSpec) -> Iterator[Write]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise BackendMissingError(
-            'Parquet files need pyarrow: pip install "clever-zoo[bulk]" (or write .npz)'
-        ) from error
-    widths = {"invariant": spec.invariant_dim, "equivariant": spec.equivariant_dim}
-    # -1: pyarrow has no fixed size 0, which is the equivariant half of an encoder without a split.
-    types = {name: pa.list_(pa.float32(), width or -1) for name, width in widths.items()}
-    halves = [pa.field(name, kind) for name, kind in types.items()]
-    schema = pa.schema([pa.field("path", pa.string()), *halves], metadata=_metadata(spec))
-    with pq.ParquetWriter(path, schema) as writer:
-
-        def write(paths: list[str], embedding: Embedding[NDArray[np.float32]]) -> None:
-            columns = [pa.array(paths)]
-            for half, field in zip(embedding, halves, strict=True):
-                columns.append(
-                    pa.FixedSizeListArray.from_arrays(half.ravel(), half.shape[1])
-                    if half.shape[1]
-                    else pa.array([[]] * len(half), field.type)
-                )
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-
-        yield write
-
-
-@contextmanager
-def _npz_writer(path: Path, spec: ModelSpec) -> Iterator[Write]:
-    names: list[str] = []
-    batches: list[Embedding[NDArray[np.float32]]] = []
-
-    def write(paths: list[str], embedding: Embedding[NDArray[np.float32]]) -> None:
-        names.extend(paths)
-        batches.append(embedding)
-
-    yield write
-    halves = join_batches(batches, spec.invariant_dim, spec.equivariant_dim)
-    with path.open("wb") as file:
-        np.savez(
-            file,
-            path=np.array(names, dtype=str),
-            **halves._asdict(),
-            **{key: np.array(value) for key, value in _metadata(spec).items()},  # type: ignore[arg-type]
-        )
-
-
-_WRITERS = {".parquet": _parquet_writer, ".npz": _npz_writer}
+        raise ImageError(path, index, "the file name is not valid UTF-8; rename it") from error

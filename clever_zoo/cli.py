@@ -1,5 +1,6 @@
 """The command line: ``clever-zoo list | info | embed | export | serve | compare | verify``."""
 
+import functools
 import json
 import sys
 import tempfile
@@ -9,8 +10,17 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from clever_zoo.backbones import list_backbones
 from clever_zoo.errors import BackendMissingError, CleverZooError
@@ -41,6 +51,13 @@ class RuntimeChoice(StrEnum):
     auto = "auto"
     onnx = "onnx"
     torch = "torch"
+
+
+class EngineChoice(StrEnum):
+    """Where images are embedded."""
+
+    local = "local"
+    ray = "ray"
 
 
 class LogLevel(StrEnum):
@@ -103,48 +120,110 @@ def embed(
         Path, typer.Option("--output", "-o", help="Target, .parquet or .npz; replaced at the end.")
     ],
     model: ModelArgument = "clever-resnet18",
+    runtime: Annotated[
+        RuntimeChoice,
+        typer.Option(help="auto: onnx for an .onnx file or a model that has one beside it."),
+    ] = RuntimeChoice.auto,
+    device: Annotated[str, typer.Option(help="cpu, cuda; with torch also cuda:1, mps.")] = "cpu",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=0, help="Threads that load images ahead.", show_default="one per core"),
+    ] = None,
     on_error: Annotated[
         OnErrorChoice,
         typer.Option(help="skip: list unreadable files in NAME.errors.jsonl; raise: stop at one."),
     ] = OnErrorChoice.skip,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from what an interrupted run had done.")
+    ] = False,
+    engine: Annotated[
+        EngineChoice, typer.Option(help="local: this process; ray: the workers of a Ray cluster.")
+    ] = EngineChoice.local,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ray workers.", show_default="one per core, or per GPU"),
+    ] = None,
 ) -> None:
     """Embed images into a file with the columns path, invariant and equivariant.
 
     Exit code 0: all written. 1: some files were unreadable, the rest is written. 2: nothing was.
 
-    Example: clever-zoo embed photos/ 'more/*.png' -o photos.parquet
+    A run keeps what it did in the folder .NAME.parts beside the target until all is done. After a
+    kill or an error, the same command with --resume goes on there; without, it starts again.
+
+    Ray takes the cluster of RAY_ADDRESS or of `ray start` on this machine, else it starts a local
+    one. Each worker loads the model, and sees the files under the same paths.
+
+    \b
+    Examples:
+      clever-zoo embed photos/ 'more/*.png' -o photos.parquet
+      clever-zoo embed photos/ -o photos.parquet -m model.onnx --threads 4
+      clever-zoo embed photos/ -o photos.parquet --resume
+      RAY_ADDRESS=head:6379 clever-zoo embed /shared/photos -o photos.parquet --engine ray
     """
     from clever_zoo.bulk import embed_files, find_images
+    from clever_zoo.runtimes import choose_runtime, load_encoder
 
     try:
-        from clever_zoo.encoder import from_pretrained
+        chosen = choose_runtime(model, runtime.value)
+        total = sum(1 for _ in find_images(inputs))
+        load = functools.partial(load_encoder, model, runtime=chosen)
+        if engine == EngineChoice.ray:
+            from clever_zoo.bulk_ray import RayEngine
 
-        paths = find_images(inputs)
-        encoder = from_pretrained(model, device=device)
-        bar = Progress(
-            TextColumn("embed"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=_err,
-        )  # fmt: skip
-        with bar:
-            task = bar.add_task("embed", total=len(paths))
+            encoder = load()  # for its spec; the workers load their own
+            gpus = 0 if device == "cpu" else 1
+            load = functools.partial(load, device=device, threads=None if gpus else 1)
+            run = RayEngine(load, workers=workers, gpus_per_worker=gpus)
+        else:
+            encoder, run = load(device=device), None
+        with _embed_progress() as bar:
+            task = bar.add_task("embed", total=total, start=False)
+
+            def show(done: int) -> None:
+                if bar.tasks[task].started:
+                    bar.update(task, completed=done)
+                else:  # the rate leaves out loading, and what was resumed
+                    bar.reset(task, completed=done)
+
             report = embed_files(
-                paths,
+                find_images(inputs),
                 encoder,
                 output,
                 batch_size=batch_size,
+                threads=threads,
                 on_error=on_error.value,
-                on_progress=lambda done: bar.update(task, completed=done),
+                resume=resume,
+                on_progress=show,
+                engine=run,
             )
     except (CleverZooError, OSError) as error:
         fail(error)
-    typer.echo(f"{report.written} images embedded with {encoder.spec.name} -> {output}")
-    if report.errors:
-        typer.echo(
-            f"{len(report.errors)} unreadable files listed in {report.errors_path}", err=True
-        )
+    resumed = f", {report.resumed} files were done before" if report.resumed else ""
+    typer.echo(
+        f"{report.written} images embedded with {encoder.spec.name} ({chosen}) -> {output}{resumed}"
+    )
+    if report.unreadable:
+        typer.echo(f"{report.unreadable} unreadable files listed in {report.errors_path}", err=True)
         raise typer.Exit(1)
+
+
+def _embed_progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+        console=_err,
+    )
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        rate = task.finished_speed or task.speed
+        return Text("" if rate is None else f"{rate:,.1f} images/s")
 
 
 @app.command()

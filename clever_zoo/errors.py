@@ -67,6 +67,10 @@ class DataError(CleverZooError, ValueError):
     """A data folder, label file or index that cannot be used."""
 
 
+class EngineError(CleverZooError, RuntimeError):
+    """Workers of a bulk run failed for another reason than its input."""
+
+
 class NonFiniteError(CleverZooError, ArithmeticError):
     """A loss term became NaN or infinite; names the term and the step."""
 

@@ -31,6 +31,7 @@ class OnnxEncoder(ImageEmbedder):
 
     def __init__(self, graph: OnnxGraph) -> None:
         self.spec = ModelSpec.from_config(graph.config, graph.source)
+        self.precision = graph.info.precision
         self.graph = graph
 
     @classmethod

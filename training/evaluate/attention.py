@@ -335,7 +335,7 @@ def main(
     Example: python -m training.evaluate.attention photos/ -m clever-resnet18 -o looks.png
     """
     try:
-        paths = find_images(inputs)
+        paths = list(find_images(inputs))
         figure = look(
             load_encoder(model, device)[0],
             paths,
