@@ -175,7 +175,7 @@ class _Part(NamedTuple):
 
 
 def _central_part(side: int, resized: int, size_px: int) -> _Part:
-    """The middle of an axis: at least what the square needs, at most 8 pixels more at each end.
+    """The middle of an axis: at least what the square needs, at most 2 pixels more at each end.
 
     Both ends are as far from the middle, so that its pixels keep their exact ties, and where
     float32, in which Pillow takes them, is nearly exact.
@@ -187,7 +187,7 @@ def _central_part(side: int, resized: int, size_px: int) -> _Part:
         steps = pixels * side / resized / step
         return abs(steps - round(steps))
 
-    outside = min(range(max(0, margin - 8), margin + 1), key=error)
+    outside = min(range(max(0, margin - 2), margin + 1), key=error)
     start = round(outside * side / resized / step) * step
     skipped = round((resized - size_px) / 2) - outside
     return _Part(resized - 2 * outside, start, side - start, skipped)
