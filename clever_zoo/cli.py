@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -166,6 +167,13 @@ def compare(
         )
 
 
+class FormatChoice(StrEnum):
+    """What a model is exported as."""
+
+    onnx = "onnx"
+    triton = "triton"
+
+
 class InputChoice(StrEnum):
     """What an exported graph is fed with."""
 
@@ -188,6 +196,10 @@ def export(
         typer.Argument(help="As --model of embed; an encoder or a classifier.", show_default=False),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Target.")],
+    format: Annotated[
+        FormatChoice,
+        typer.Option(help="onnx: one file; triton: a folder, model repository for NVIDIA Triton."),
+    ] = FormatChoice.onnx,
     input: Annotated[
         InputChoice,
         typer.Option(
@@ -206,7 +218,7 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a model as one self-contained ONNX file, checked against torch.
+    """Write a model as one self-contained ONNX file, or with it a model repository for Triton.
 
     Input `pixels`, outputs `invariant` and `equivariant` (`logits` of a classifier); the batch is
     dynamic. A graph that does not give torch's values is not written. Needs the extra [export];
@@ -214,25 +226,33 @@ def export(
 
     Example: clever-zoo export clever-resnet18 -o model.onnx
     Then: clever-zoo embed photos/ -m model.onnx -o photos.parquet
+    Or: clever-zoo export clever-resnet18 --format triton -o repository/
     """
     try:
         from clever_zoo.bulk import find_images
         from clever_zoo.classifier import load_model
         from clever_zoo.onnx_export import export_onnx
+        from clever_zoo.serve.triton import write_triton_repository
 
         pictures = find_images(calibration) if calibration else None
-        with _err.status(f"exporting {model} and comparing it with torch"):
+        status = _err.status(f"exporting {model} and comparing it with torch")
+        with tempfile.TemporaryDirectory() as temporary, status:
+            to_triton = format is FormatChoice.triton
+            graph = Path(temporary) / "model.onnx" if to_triton else output
             report = export_onnx(
                 load_model(model),
-                output,
+                graph,
                 input=input.value,
                 precision=precision.value,
                 calibration=pictures,
             )
+            served = write_triton_repository(graph, output) if to_triton else None
     except (CleverZooError, OSError) as error:
         fail(error)
     figure = "greatest relative difference" if report.info.precision == "fp32" else "least cosine"
-    typer.echo(f"{report.path}: {report.size_bytes / 1e6:.1f} MB, sha256 {report.sha256}")
+    if served is not None:
+        typer.echo(f"{output}: {' and '.join(served)} for Triton; README.md there says how")
+    typer.echo(f"{output}: {report.size_bytes / 1e6:.1f} MB, sha256 {report.sha256}")
     for name, value in report.parity.items():
         shown = f"{value:.1e}" if report.info.precision == "fp32" else f"{value:.5f}"
         typer.echo(f"{name}: {figure} to torch {shown}")

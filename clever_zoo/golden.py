@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clever_zoo.embedder import ImageEmbedder
 from clever_zoo.embedding import Embedding
-from clever_zoo.encoder import Encoder
 from clever_zoo.errors import IntegrityError
 from clever_zoo.files import locate_model
 from clever_zoo.samples import sample_paths
@@ -21,7 +21,7 @@ VALUES = 8
 TOLERANCE = 1e-4  # of the half's norm: room for other processors, none for other weights
 
 
-def golden_values(encoder: Encoder) -> dict[str, Any]:
+def golden_values(encoder: ImageEmbedder) -> dict[str, Any]:
     """The content of golden.json: the picture's name and the first values of each half."""
     path = sample_paths()[0]
     embedding = encoder.embed([path])
@@ -38,24 +38,30 @@ def _norms(embedding: Embedding[NDArray[np.float32]]) -> dict[str, float]:
 
 
 def check_golden(source: str | Path) -> float:
-    """Load a model and compare it with its golden.json.
+    """Load a model in torch and compare it with its golden.json; see `compare_golden`."""
+    from clever_zoo.encoder import Encoder
+
+    spec, weights = locate_model(source)
+    return compare_golden(Encoder.load(spec, weights), weights.parent / GOLDEN_FILENAME)
+
+
+def compare_golden(encoder: ImageEmbedder, path: Path) -> float:
+    """Compare a model, in whatever runtime, with a golden.json.
 
     Returns:
         The greatest difference of a value, relative to the norm of its half.
 
     Raises:
-        IntegrityError: If golden.json is missing or malformed, or a value is off by more than
-            1e-4 of its half's norm.
+        IntegrityError: If the file is missing or malformed, or a value is off by more than 1e-4
+            of its half's norm.
     """
-    spec, weights = locate_model(source)
-    path = weights.parent / GOLDEN_FILENAME
     if not path.is_file():
         raise IntegrityError(f"{path} does not exist, so the values cannot be checked")
     try:
         recorded = _flat(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"{path} holds no golden values ({error!r})") from error
-    actual = _flat(golden_values(Encoder.load(spec, weights)))
+    actual = _flat(golden_values(encoder))
     scale = {name: max(values[0], 1e-12) for name, values in actual.items()}
     # np.max, because Python's max can lose a NaN.
     worst = float(np.max([np.abs(recorded[k] - actual[k]).max() / scale[k] for k in actual]))

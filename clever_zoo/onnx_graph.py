@@ -73,6 +73,7 @@ class OnnxGraph:
         config: The content of config.json.
         info: What kind of graph it is.
         outputs: Names of its outputs, in order.
+        device: Where they are computed, "cpu" or "cuda".
     """
 
     def __init__(self, session: "ort.InferenceSession", source: str) -> None:
@@ -92,7 +93,7 @@ class OnnxGraph:
             lines = "".join(f"\n  - {line}" for line in problem_lines(error))
             raise SpecError(f"{source}, {GRAPH_KEY}:{lines}") from error
         self.outputs = [output.name for output in session.get_outputs()]
-        self._on_gpu = session.get_providers()[0] in _GPU_PROVIDERS
+        self.device = "cuda" if session.get_providers()[0] in _GPU_PROVIDERS else "cpu"
 
     @classmethod
     def open(
@@ -174,18 +175,16 @@ class OnnxGraph:
             ShapeError: For another shape or type.
         """
         check_pixels(pixels, preprocess)
-        fed = pixels if self.info.input == "uint8" else normalize_pixels(pixels, preprocess)
-        if self._on_gpu:
-            return self._run_bound(fed, "cuda")
-        return self.session.run(None, {"pixels": np.ascontiguousarray(fed)})
-
-    def _run_bound(self, fed: NDArray[Any], device: str) -> list[NDArray[np.float32]]:
-        """With input and outputs bound to the device: one copy there, one copy back."""
+        uint8 = self.info.input == "uint8"
+        fed = np.ascontiguousarray(pixels if uint8 else normalize_pixels(pixels, preprocess))
+        if self.device == "cpu":
+            return self.session.run(None, {"pixels": fed})
+        # Bound to the device: one copy there, one copy back.
         binding = self.session.io_binding()
-        value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(fed), device, 0)
+        value = ort.OrtValue.ortvalue_from_numpy(fed, self.device, 0)
         binding.bind_ortvalue_input("pixels", value)
         for name in self.outputs:
-            binding.bind_output(name, device)
+            binding.bind_output(name, self.device)
         self.session.run_with_iobinding(binding)
         return binding.copy_outputs_to_cpu()
 

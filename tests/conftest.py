@@ -1,6 +1,7 @@
 """What all tests share. Sockets other than loopback are blocked by pytest-socket (pyproject)."""
 
 import gzip
+import os
 import struct
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from clever_zoo.samples import sample_class, sample_paths
+from tests.onnx_models import write_models
 
 
 @pytest.fixture(scope="session")
@@ -36,4 +38,14 @@ def fashion_mnist_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
             content = gzip.compress(header + array.tobytes())
             (folder / f"{prefix}-{kind}-ubyte.gz").write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def onnx_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that tests/onnx_models.py writes; made by hand where torch is not installed."""
+    if prepared := os.environ.get("CLEVER_ZOO_ONNX_MODELS"):
+        return Path(prepared)
+    folder = tmp_path_factory.mktemp("onnx-models")
+    write_models(folder)
     return folder
