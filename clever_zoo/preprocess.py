@@ -2,14 +2,15 @@
 
 import io
 import itertools
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from clever_zoo.ahead import map_ahead
 from clever_zoo.errors import ImageError, ShapeError
@@ -20,7 +21,8 @@ ImageInput = str | Path | Image.Image | NDArray[np.uint8]
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MIN_SIDE_PX = 2
-_MAX_RESIZED_PIXELS = 1 << 26
+# An axis that is made longer than this is resized in part, to bound memory.
+_MAX_WHOLE_PX = 1 << 16
 _UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
@@ -99,7 +101,8 @@ def _check_size(width: int, height: int, description: str, index: int) -> None:
 def _to_rgb(image: Image.Image, description: str, index: int) -> Image.Image:
     _check_size(image.width, image.height, description, index)
     try:
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else Pillow would copy it
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             wide = np.asarray(image).astype(np.uint32)
             image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
@@ -110,7 +113,10 @@ def _to_rgb(image: Image.Image, description: str, index: int) -> Image.Image:
         if image.has_transparency_data:
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        return image.convert("RGB")
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        image.load()
+        return image
     except ImageError:
         raise
     except _UNREADABLE as error:
@@ -135,29 +141,90 @@ def crop_pixels(
     Returns:
         (size_px, size_px, 3) uint8.
 
-    Source: the numbers of timm's evaluation transform. It resizes the whole image first, and so
-    does this: resizing the square alone is faster, but Pillow then rounds in another order and
-    ends up to 2 of 255 away. Only strips whose resized form would take over 64 million pixels
-    (1000 to 1 at 256) are cut first, to bound memory; there the numbers are close, not equal.
+    Source: the numbers of timm's evaluation transform on Pillow 13, which resizes the whole image,
+    one axis after the other, and rounds to bytes in between. Here only what the square needs is
+    resized, in the same order. Nearly all pixels are equal. Where Pillow rounds the ends of a part
+    to float32, one in some thousands is 1 of 255 away; 2 away are a few in one of some hundred
+    wide images that are made smaller, and none elsewhere.
     """
     resample = Image.Resampling[interpolation.upper()]
     sides = image.size
     resized = [int(resize_px * side / min(sides)) for side in sides]
-    left, top = (round((side - size_px) / 2) for side in resized)
-    square = (left, top, left + size_px, top + size_px)
-    if resized[0] * resized[1] <= _MAX_RESIZED_PIXELS:
-        if resized != list(sides):
-            image = image.resize((resized[0], resized[1]), resample)
-        return np.array(image.crop(square))
-    scale = [side / new for side, new in zip(sides, resized, strict=True)]
-    box = (
-        square[0] * scale[0],
-        square[1] * scale[1],
-        min(square[2] * scale[0], sides[0]),
-        min(square[3] * scale[1], sides[1]),
+    lost_width, lost_height = (old - new for old, new in zip(sides, resized, strict=True))
+    first, last = (1, 0) if lost_height > max(0, 2 * lost_width) else (0, 1)
+    part = _central_part(sides[last], resized[last], size_px)
+    reach = 2 * max(1.0, sides[last] / resized[last]) + 1
+    start = max(0, math.floor(part.start - reach))
+    image = _cut(image, last, start, min(sides[last], math.ceil(part.stop + reach)))
+    limit = _MAX_WHOLE_PX if sides[first] < resized[first] else size_px * 5 // 4
+    whole = _Part(resized[first], 0, sides[first], round((resized[first] - size_px) / 2))
+    image = _resize_part(
+        image,
+        first,
+        whole if whole.length <= limit else _central_part(sides[first], resized[first], size_px),
+        size_px,
+        resample,
     )
-    image = image.resize((size_px, size_px), resample, box=box)
-    return np.array(image)
+    part = part._replace(start=part.start - start, stop=part.stop - start)
+    return np.array(_resize_part(image, last, part, size_px, resample))
+
+
+class _Part(NamedTuple):
+    """A part of one axis to be resized.
+
+    Attributes:
+        length: In pixels of the resized image.
+        start, stop: In pixels of the source.
+        skipped: Pixels of the resized part that lie before the square.
+    """
+
+    length: int
+    start: float
+    stop: float
+    skipped: int
+
+
+def _central_part(side: int, resized: int, size_px: int) -> _Part:
+    """The middle of an axis: at least what the square needs, at most 2 pixels more at each end.
+
+    Both ends are as far from the middle, so that its pixels keep their exact ties, and where
+    float32, in which Pillow takes them, is nearly exact.
+    """
+    margin = (resized - size_px) // 2
+    step = float(np.spacing(np.float32(side)))
+
+    def error(pixels: int) -> float:
+        steps = pixels * side / resized / step
+        return abs(steps - round(steps))
+
+    outside = min(range(max(0, margin - 2), margin + 1), key=error)
+    start = round(outside * side / resized / step) * step
+    skipped = round((resized - size_px) / 2) - outside
+    return _Part(resized - 2 * outside, start, side - start, skipped)
+
+
+def _resize_part(
+    image: Image.Image, axis: int, part: _Part, size_px: int, resample: Image.Resampling
+) -> Image.Image:
+    """Resize a part of one axis and keep the `size_px` pixels of the square."""
+    length = list(image.size)
+    length[axis] = part.length
+    box = _box(image, axis, part.start, part.stop)
+    resized = image.resize((length[0], length[1]), resample, box)
+    return _cut(resized, axis, part.skipped, part.skipped + size_px)
+
+
+def _cut(image: Image.Image, axis: int, start: int, stop: int) -> Image.Image:
+    return image.crop(_box(image, axis, start, stop))
+
+
+def _box(
+    image: Image.Image, axis: int, start: float, stop: float
+) -> tuple[float, float, float, float]:
+    """All of the image between two places of one axis: left, top, right, bottom."""
+    if axis == 0:
+        return start, 0, stop, image.height
+    return 0, start, image.width, stop
 
 
 def image_pixels(source: ImageInput, spec: PreprocessSpec, index: int = 0) -> NDArray[np.uint8]:
