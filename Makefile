@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 READY_ONNX := .venv-onnx/.ready
 
-.PHONY: demo test test-onnx test-triton test-all lint format setup tables clean
+.PHONY: bench demo test test-onnx test-triton test-all lint format setup tables clean
 
 demo: $(READY)  ## embed the bundled pictures and draw demo/report.html
 	$(BIN)/python -m clever_zoo.demo --out demo
@@ -22,6 +22,9 @@ test-all: $(READY)  ## adds the slow ones and those that read Fashion-MNIST
 
 test-triton: $(READY)  ## needs a package index and Debian's python3-venv: a real Triton server
 	$(BIN)/python -m pytest -q -m triton
+
+bench: $(READY)  ## speed beside peers, half an hour on a quiet machine; writes bench/results.json
+	$(BIN)/python -m bench
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""Measurements that need a quiet machine: run from a checkout."""
+"""Speed beside peers: ``make bench`` or ``python -m bench``."""

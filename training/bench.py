@@ -13,7 +13,6 @@ import json
 import os
 import resource
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -24,11 +23,11 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from PIL import Image
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from bench.timing import canary_gflops, photograph, seconds, summary
 from clever_zoo.backbones import list_backbones
 from clever_zoo.cli import fail
 from clever_zoo.encoder import usable_device
@@ -45,7 +44,6 @@ from training.provenance import environment
 from training.runlog import LOG, read_log
 from training.views import MultiCrop
 
-CANARY_SIZE = 512
 IN100_EPOCHS, IN100_IMAGES = 200, 126_689
 
 app = typer.Typer(
@@ -54,33 +52,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-def photograph(seed: int, size: int) -> Image.Image:
-    """Smooth colour gradients, edges and grain, which is what photographs are made of."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    pixels = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)).astype(float)
-    y, x = np.mgrid[:size, :size] / size
-    pixels[(x - 0.5) ** 2 + (y - 0.4) ** 2 < 0.06] *= 0.5
-    pixels += rng.normal(0, 6, pixels.shape)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def seconds(work: Callable[[], object], device: str) -> float:
-    """Wall time of a call, the device's work included."""
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - started
-
-
-def canary_gflops(device: str) -> float:
-    """Speed of a float32 matrix product, the best of three."""
-    a = torch.ones(CANARY_SIZE, CANARY_SIZE, device=device)
-    return 2 * CANARY_SIZE**3 / min(seconds(lambda: a @ a, device) for _ in range(3)) / 1e9
 
 
 def views_rounds(
@@ -121,12 +92,6 @@ def views_rounds(
             }
         )
     return results[1:]
-
-
-def summary(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Median, least and greatest of each column."""
-    columns = {name: [r[name] for r in rounds] for name in rounds[0]}
-    return {k: {"median": median(v), "min": min(v), "max": max(v)} for k, v in columns.items()}
 
 
 def views_table(record: dict[str, Any]) -> Table:

@@ -5,7 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from training.bench import app, photograph
+from bench.timing import photograph
+from training.bench import app
 
 TINY = ["--global-size", "32", "--local-size", "24", "--image-size", "40", "--batch", "3"]
 

@@ -126,7 +126,8 @@ def partial() -> Record:
 def checkout(tmp_path: Path, record: Record) -> Path:
     """What the report reads of a checkout, with the hand-made record as the released one."""
     shutil.copytree(ROOT / "training" / "records", tmp_path / "training" / "records")
-    for name in ("README.md", "training/README.md"):
+    (tmp_path / "bench").mkdir()
+    for name in ("README.md", "training/README.md", "bench/results.json"):
         shutil.copy(ROOT / name, tmp_path / name)
     for name in clever_zoo.list_models():
         (tmp_path / "model_cards" / name).mkdir(parents=True)

@@ -15,6 +15,7 @@ import matplotlib as mpl
 import typer
 from matplotlib.figure import Figure
 
+from bench.record import RESULTS, BenchRecord, markdown
 from clever_zoo.cards import (
     ERRORS,
     FIGURES,
@@ -106,7 +107,8 @@ def rendered_files(root: Path = CHECKOUT) -> dict[Path, str]:
         "CLeVER against DINO row by row, beside the paper's published table: "
         f"[{COMPARISON}]({COMPARISON})."
     )
-    files[readme] = _filled(readme, {"results": "\n\n".join(sections)})
+    speed = markdown(BenchRecord.read(root / "bench" / RESULTS.name))
+    files[readme] = _filled(readme, {"results": "\n\n".join(sections), "speed": speed})
     files[training_readme] = _filled(
         training_readme,
         {
