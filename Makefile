@@ -3,25 +3,27 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 READY_ONNX := .venv-onnx/.ready
+MODELS := build/onnx-models
+# One thread each: idle ones of several processes would wait for each other.
+TESTS := OMP_NUM_THREADS=1 CLEVER_ZOO_ONNX_MODELS=$(MODELS) $(BIN)/python -m pytest -q
 
 .PHONY: bench demo test test-onnx test-triton test-all lint format setup tables clean
 
 demo: $(READY)  ## embed the bundled pictures and draw demo/report.html
 	$(BIN)/python -m clever_zoo.demo --out demo
 
-test: $(READY)  ## the default tests: offline, a few minutes
-	$(BIN)/python -m pytest -q
+test: $(READY) $(MODELS)/.ready  ## the default tests: offline, some minutes
+	$(TESTS) -n 2 --dist loadfile
 
-test-onnx: $(READY) $(READY_ONNX)  ## the ONNX runtime's tests in an environment without torch
-	$(BIN)/python -m tests.onnx_models build/onnx-models
-	CLEVER_ZOO_ONNX_MODELS=build/onnx-models \
+test-onnx: $(READY_ONNX) $(MODELS)/.ready  ## the ONNX tests in an environment without torch
+	CLEVER_ZOO_ONNX_MODELS=$(MODELS) \
 		.venv-onnx/bin/python -m pytest -q -s tests/clever_zoo/test_onnx_encoder.py
 
 test-all: $(READY)  ## adds the slow ones and those that read Fashion-MNIST
-	$(BIN)/python -m pytest -q -m "not gpu and not network and not triton"
+	$(TESTS) -m "not gpu and not network and not triton"
 
 test-triton: $(READY)  ## needs a package index and Debian's python3-venv: a real Triton server
-	$(BIN)/python -m pytest -q -m triton
+	$(TESTS) -m triton
 
 bench: $(READY)  ## speed beside peers, half an hour on a quiet machine; writes bench/results.json
 	$(BIN)/python -m bench
@@ -51,6 +53,10 @@ $(READY_ONNX): pyproject.toml
 	.venv-onnx/bin/pip install --quiet --upgrade pip
 	.venv-onnx/bin/pip install --quiet --editable ".[onnx]" pytest pytest-socket
 	! .venv-onnx/bin/python -c "import torch" 2> /dev/null
+	touch $@
+
+$(MODELS)/.ready: $(READY) tests/onnx_models.py $(wildcard clever_zoo/*.py)
+	$(BIN)/python -m tests.onnx_models $(MODELS)
 	touch $@
 
 clean:

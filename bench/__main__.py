@@ -198,7 +198,7 @@ def folder(bench: Bench) -> Rows:
     rows, canaries = [], []
     paths, batch = bench.pictures(), bench.size.batch
     out = bench.folder / "out.parquet"
-    for backbone in ("resnet18", "resnet50", "vit_small"):
+    for backbone in ("resnet18", "resnet50"):
         if backbone not in bench.size.backbones:
             continue
         encoder = OnnxEncoder.from_pretrained(bench.graph(backbone))

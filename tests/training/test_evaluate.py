@@ -266,6 +266,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_vit_on_a_folder_of_coloured_pictures(photos: Path, tmp_path: Path) -> None:
     encoder = clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=8)
     encoder.save_pretrained(tmp_path / "vit")

@@ -120,6 +120,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, data, mon
     assert [line["step"] for line in log_lines(run)] == list(range(8))
 
 
+@pytest.mark.slow
 def test_kill_nine_and_resume_change_no_bit(tmp_path: Path, fashion_mnist_folder: Path) -> None:
     """SIGKILL at some step of a real process, then the same command again."""
     command = [sys.executable, "-m", "training.pretrain", *MINIATURE]
@@ -506,6 +507,7 @@ def test_another_number_of_processes_is_refused_unless_wanted(tmp_path: Path, da
     assert pretrain.train(recipe(), data, tmp_path, elastic=True)["step"] == 8
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_whole_group_stops_with_a_checkpoint(
     tmp_path: Path, fashion_mnist_folder: Path
 ) -> None:
