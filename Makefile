@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 READY_ONNX := .venv-onnx/.ready
-MODELS := build/onnx-models
+MODELS := $(CURDIR)/build/onnx-models
 # One thread each: idle ones of several processes would wait for each other.
 TESTS := OMP_NUM_THREADS=1 CLEVER_ZOO_ONNX_MODELS=$(MODELS) $(BIN)/python -m pytest -q
 
@@ -19,10 +19,10 @@ test-onnx: $(READY_ONNX) $(MODELS)/.ready  ## the ONNX tests in an environment w
 	CLEVER_ZOO_ONNX_MODELS=$(MODELS) \
 		.venv-onnx/bin/python -m pytest -q -s tests/clever_zoo/test_onnx_encoder.py
 
-test-all: $(READY)  ## adds the slow ones and those that read Fashion-MNIST
+test-all: $(READY) $(MODELS)/.ready  ## adds the slow ones and those that read Fashion-MNIST
 	$(TESTS) -m "not gpu and not network and not triton"
 
-test-triton: $(READY)  ## needs a package index and Debian's python3-venv: a real Triton server
+test-triton: $(READY) $(MODELS)/.ready  ## needs a package index and Debian's python3-venv: a real Triton server
 	$(TESTS) -m triton
 
 bench: $(READY)  ## speed beside peers, half an hour on a quiet machine; writes bench/results.json
