@@ -20,7 +20,8 @@ from clever_zoo.encoder import (
     usable_device,
 )
 from clever_zoo.errors import BackendMissingError, SpecError, WeightsMismatchError
-from clever_zoo.files import describes_classifier, locate_classifier, write_atomic
+from clever_zoo.files import write_atomic
+from clever_zoo.locate import describes_classifier, locate_classifier
 from clever_zoo.preprocess import ImageInput, normalize_pixels, pixel_batches
 from clever_zoo.spec import CLASSIFIER_KEY, CONFIG_FILENAME, ClassifierSpec, WeightFile
 

@@ -22,7 +22,8 @@ from clever_zoo.errors import (
     ShapeError,
     WeightsMismatchError,
 )
-from clever_zoo.files import locate_model, write_atomic
+from clever_zoo.files import write_atomic
+from clever_zoo.locate import locate_model
 from clever_zoo.preprocess import (
     ImageInput,
     check_pixels,

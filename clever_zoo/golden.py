@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from clever_zoo.embedder import ImageEmbedder
 from clever_zoo.embedding import Embedding
 from clever_zoo.errors import IntegrityError
-from clever_zoo.files import locate_model
+from clever_zoo.locate import locate_model
 from clever_zoo.samples import sample_paths
 
 GOLDEN_FILENAME = "golden.json"

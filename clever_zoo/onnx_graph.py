@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from clever_zoo.errors import BackendMissingError, IntegrityError, SourceError, SpecError
-from clever_zoo.files import locate_onnx
+from clever_zoo.locate import locate_onnx
 from clever_zoo.preprocess import check_pixels, normalize_pixels
 from clever_zoo.spec import PreprocessSpec, problem_lines, read_json
 

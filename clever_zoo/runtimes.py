@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING, Literal
 
 from clever_zoo.embedder import ImageEmbedder
 from clever_zoo.errors import BackendMissingError
-from clever_zoo.files import (
-    ONNX_FILENAME,
+from clever_zoo.locate import ONNX_FILENAME, released_folder
+from clever_zoo.registry import model_info
+from clever_zoo.sources import (
     HubSource,
     LocalSource,
     ReleasedSource,
     is_onnx_path,
     parse_source,
-    released_folder,
 )
-from clever_zoo.registry import model_info
 
 if TYPE_CHECKING:
     from clever_zoo.onnx_graph import OnnxGraph

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clever_zoo.embedder import ImageEmbedder
-from clever_zoo.files import is_onnx_path
 from clever_zoo.runtimes import Runtime, choose_runtime, load_encoder, open_graph
+from clever_zoo.sources import is_onnx_path
 from clever_zoo.spec import CLASSIFIER_KEY, ModelSpec, PreprocessSpec
 
 Outputs = Mapping[str, NDArray[np.float32]]

@@ -24,7 +24,7 @@ from clever_zoo.bulk import BulkReport, embed_files, find_images
 from clever_zoo.embedder import ImageEmbedder
 from clever_zoo.embedding import Embedding, split_features
 from clever_zoo.errors import BackendMissingError, DataError, ImageError
-from clever_zoo.files import released_folder
+from clever_zoo.locate import released_folder
 from clever_zoo.registry import model_info
 from clever_zoo.samples import sample_paths
 

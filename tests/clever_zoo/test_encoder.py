@@ -18,7 +18,7 @@ from clever_zoo import errors
 from clever_zoo.backbones import BACKBONES
 from clever_zoo.embedding import Embedding, split_features
 from clever_zoo.encoder import Encoder
-from clever_zoo.files import HubSource, LocalSource, ReleasedSource, parse_source
+from clever_zoo.sources import HubSource, LocalSource, ReleasedSource, parse_source
 from clever_zoo.spec import ModelSpec, PreprocessSpec, WeightFile
 
 WIDTHS = {
