@@ -41,6 +41,14 @@ def clever_vit_small(pretrained: bool = True, **kwargs: Any) -> Encoder:
     return _load("vit_small", pretrained, kwargs)
 
 
+def clever_vmamba_tiny(pretrained: bool = True, **kwargs: Any) -> Encoder:
+    """VMamba-Tiny, 768 features cut at 614; arguments as for `clever_resnet18`.
+
+    Raises UnknownModelError, which names the recipe, while no weights are released.
+    """
+    return _load("vmamba_tiny", pretrained, kwargs)
+
+
 def _load(backbone: str, pretrained: bool, kwargs: dict[str, Any]) -> Encoder:
     if pretrained:
         return from_pretrained(f"clever-{backbone.replace('_', '-')}", **kwargs)

@@ -83,11 +83,12 @@ class Encoder(nn.Module, ImageEmbedder):
 
         Args:
             pixels: As in `forward`; a ViT takes any H and W that its patches divide.
-            last: How many blocks (ViT) or stages (ResNet, its stem counts) to return.
+            last: How many blocks (ViT) or stages (others; the stem of a ResNet counts) to return.
 
         Returns:
             Oldest first. ViT: tokens (B, 1 + N, D) with the final norm applied, class token
-            first, patches row by row. Convolutional: maps (B, C, h, w).
+            first, patches row by row. Others: maps (B, C, h, w), a final norm applied to the last
+            stage, so that its mean is the full features.
 
         Raises:
             ShapeError: For pixels that `forward` refuses or patches do not divide, or `last`
@@ -101,12 +102,16 @@ class Encoder(nn.Module, ImageEmbedder):
                 f"last is {last}; {self.spec.backbone} has {depth} blocks or stages, use 1..{depth}"
             )
         take = functools.partial(
-            backbone.forward_intermediates, pixels, indices=last, intermediates_only=True
+            backbone.forward_intermediates,
+            pixels,
+            indices=last,
+            norm=True,
+            intermediates_only=True,
         )
         if not hasattr(backbone, "cls_token"):
             return list(take())
         _check_patches(pixels, backbone.patch_embed.patch_size)
-        pairs = take(norm=True, output_fmt="NLC", return_prefix_tokens=True)
+        pairs = take(output_fmt="NLC", return_prefix_tokens=True)
         return [torch.cat([prefix, patches], dim=1) for patches, prefix in pairs]
 
     def preprocess(self, images: Iterable[ImageInput]) -> Tensor:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.timing import canary_gflops, photograph, seconds, summary
-from clever_zoo.backbones import list_backbones
+from clever_zoo.backbones import build_backbone, list_backbones
 from clever_zoo.cli import fail
 from clever_zoo.encoder import usable_device
 from clever_zoo.errors import CleverZooError, RecipeError
@@ -267,6 +267,73 @@ def heads(
             f"{row['peak_bytes'] / max(whole['peak_bytes'], 1):.2f}",
             f"{row['seconds']:.1f}",
             f"{row['gradient_norm']:.6g}",
+        )
+    table.caption = f"{record['environment']['hardware']}, torch {record['environment']['torch']}"
+    Console().print(table)
+
+
+def step_memory(backbone: str, batch: int, size_px: int, device: str) -> dict[str, float]:
+    """Peak memory and time of a backbone's training steps with AdamW, in fp32.
+
+    Returns:
+        `peak_bytes` above what the process took before: weights, gradients, the optimiser's state
+        and all that a step keeps; `seconds` of the second step.
+    """
+    before = _used_bytes(device)
+    torch.manual_seed(0)
+    network = build_backbone(backbone).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    pixels = torch.randn(batch, 3, size_px, size_px, device=device)
+
+    def work() -> None:
+        optimizer.zero_grad()
+        network(pixels).square().mean().backward()
+        optimizer.step()
+
+    work()  # now the optimiser has its state
+    return {"seconds": seconds(work, device), "peak_bytes": _peak_bytes(device) - before}
+
+
+@app.command()
+def memory(
+    backbones: Annotated[
+        list[str] | None, typer.Argument(help="Backbones (default: all); resnet50 is the peer.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 8,
+    size: Annotated[int, typer.Option(min=1, help="Side of the images, px.")] = 224,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the record there.")
+    ] = None,
+) -> None:
+    """Peak memory of a training step of each backbone beside ResNet-50's.
+
+    Each runs in a process of its own: two steps on random pixels, forward, backward and AdamW.
+
+    Example: python -m training.bench memory vmamba_tiny --batch 16
+    """
+    names = dict.fromkeys(["resnet50", *(backbones or list_backbones())])
+    try:
+        usable_device(device)
+        rows = {name: _in_new_process(step_memory, name, batch, size, device) for name in names}
+        record = {
+            "settings": {"batch": batch, "size_px": size},
+            "environment": environment(device),
+            "backbones": rows,
+        }
+        if json_path is not None:
+            write_atomic(json_path, (json.dumps(record, indent=2) + "\n").encode())
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    table = Table(
+        "", "peak memory", "ratio to resnet50", "seconds", title=f"batch {batch}, {size} px"
+    )
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row['peak_bytes'] / 1e9:.2f} GB",
+            f"{row['peak_bytes'] / rows['resnet50']['peak_bytes']:.2f}",
+            f"{row['seconds']:.2f}",
         )
     table.caption = f"{record['environment']['hardware']}, torch {record['environment']['torch']}"
     Console().print(table)

@@ -42,8 +42,8 @@ def build_student(config: BackboneConfig, seed: int) -> nn.Module:
     a standard deviation of 0.02.
     """
     torch.manual_seed(seed)
-    drop_path = {"drop_path_rate": config.drop_path_rate} if config.drop_path_rate else {}
-    student = build_backbone(config.name, **config.model_args, **drop_path)
+    model_args = {"drop_path_rate": config.drop_path_rate} | config.model_args
+    student = build_backbone(config.name, **model_args)
     use_sampled_drop_path(student)
     if isinstance(student, VisionTransformer):
         nn.init.trunc_normal_(student.cls_token, std=0.02)

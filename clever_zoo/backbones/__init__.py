@@ -15,7 +15,8 @@ class BackboneInfo:
     """One backbone family member.
 
     Attributes:
-        architecture: timm's model name, as written to config.json.
+        architecture: timm's model name, as written to config.json; timm knows a VMamba after
+            `import clever_zoo.timm`.
         feature_dim: Width D of the pooled features.
         global_pool: timm's name of the pooling that makes them.
         model_args: Arguments that differ from timm's defaults whatever the input size.
@@ -48,11 +49,18 @@ def _vit(architecture: str, feature_dim: int) -> BackboneInfo:
     )
 
 
+def _vmamba(architecture: str, feature_dim: int) -> BackboneInfo:
+    return BackboneInfo(
+        architecture, feature_dim, "avg", "classifier.head", "patch_embed.0", "dynamic"
+    )
+
+
 BACKBONES: dict[str, BackboneInfo] = {
     "resnet18": _resnet("resnet18", 512),
     "resnet50": _resnet("resnet50", 2048),
     "vit_tiny": _vit("vit_tiny_patch16_224", 192),
     "vit_small": _vit("vit_small_patch16_224", 384),
+    "vmamba_tiny": _vmamba("vmamba_tiny", 768),
 }
 
 
@@ -96,7 +104,7 @@ def model_args_problems(name: str, model_args: dict[str, Any]) -> list[str]:
 
 
 def build_backbone(name: str, **model_args: Any) -> "nn.Module":
-    """Build a randomly initialised backbone through timm, without a classifier.
+    """Build a randomly initialised backbone, without a classifier.
 
     Args:
         name: One of `list_backbones()`.
@@ -114,7 +122,10 @@ def build_backbone(name: str, **model_args: Any) -> "nn.Module":
     if problems := model_args_problems(name, model_args):
         raise SpecError("; ".join(problems))
     try:
-        import timm
+        if name.startswith("vmamba"):
+            from clever_zoo.backbones.vmamba import create_vmamba as create_model
+        else:
+            from timm import create_model
     except ImportError as error:
         raise BackendMissingError(
             f"{error.name} is not installed, and building {name!r} needs it: "
@@ -124,6 +135,6 @@ def build_backbone(name: str, **model_args: Any) -> "nn.Module":
         # The reference starts every batch-norm gain at one; timm would zero the last of a block.
         model_args = {"zero_init_last": False, **model_args}
     try:
-        return timm.create_model(info.architecture, num_classes=0, **info.model_args, **model_args)
+        return create_model(info.architecture, num_classes=0, **info.model_args, **model_args)
     except AssertionError as error:
         raise SpecError(f"timm cannot build {name!r} with {model_args}: {error}") from error

@@ -134,6 +134,32 @@ def test_stages_are_counted_from_the_end(resnet: Encoder) -> None:
     assert legible_stage(resnet, torch.randn(1, 3, 4, 4)) == 5
 
 
+@pytest.mark.parametrize("part", ["full", "equivariant"])
+def test_grad_cam_of_a_vmamba_by_hand(part) -> None:
+    """The last map is normalised before it is pooled, and the map is of what is pooled."""
+    torch.manual_seed(0)
+    encoder = clever_zoo.create_encoder("vmamba_tiny").eval()
+    pixels = torch.randn(2, 3, 64, 96)
+    (last,) = encoder.features(pixels)
+    kept = torch.zeros(768)
+    kept[{"full": slice(0, 768), "equivariant": slice(614, 768)}[part]] = 1
+    weights = 2 * last.mean((2, 3)) * kept / (2 * 3)
+    expected = (weights[:, :, None, None] * last).sum(1).clamp(min=0)
+    torch.testing.assert_close(grad_cam(encoder, pixels, part=part), expected)
+    sides = [grad_cam(encoder, pixels, part=part, last=i).shape[1:] for i in (1, 2, 3, 4)]
+    assert sides == [(2, 3), (4, 6), (8, 12), (16, 24)]
+    with pytest.raises(ShapeError, match="no attention layers"):
+        attention_matrix(encoder, pixels)
+
+
+def test_a_vmamba_is_drawn_at_a_stage_that_shows_something(paths) -> None:
+    encoder = clever_zoo.create_encoder("vmamba_tiny")
+    row = grad_cam_row(encoder, picture_square(paths[0], encoder, 32), "x", parts=("invariant",))
+    assert row.titles == ("invariant\nlayers.1.blocks, 4x4",)
+    figure = look(encoder, paths[:1], size_px=32)
+    assert "Grad-CAM" in figure.get_suptitle()
+
+
 def test_the_picture_compared_with_itself_shows_nothing(resnet: Encoder, paths) -> None:
     picture = picture_square(paths[0], resnet, 64)
     row = grad_cam_row(resnet, picture, "x", parts=("full", "invariant"), like=picture)
@@ -195,7 +221,7 @@ def test_what_cannot_be_drawn_is_refused(vit: Encoder, resnet: Encoder, paths) -
     pixels = torch.randn(1, 3, 32, 32)
     with pytest.raises(ShapeError, match="no attention layers"):
         attention_matrix(resnet, pixels)
-    with pytest.raises(ShapeError, match="no convolutional maps"):
+    with pytest.raises(ShapeError, match="no maps of stages"):
         grad_cam(vit, pixels)
     with pytest.raises(ShapeError, match="last is 6"):
         grad_cam(resnet, pixels, last=6)

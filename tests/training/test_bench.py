@@ -60,6 +60,19 @@ def test_heads_prints_both_forms_and_equal_gradients(tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_memory_compares_with_resnet50(tmp_path) -> None:
+    out = tmp_path / "memory.json"
+    options = ["--batch", "2", "--size", "128", "--json", str(out)]
+    result = CliRunner().invoke(app, ["memory", "vmamba_tiny", *options])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["backbones"]
+    assert list(rows) == ["resnet50", "vmamba_tiny"]
+    weights = 4 * 4 * 23_508_032  # with gradients and two moments
+    assert rows["resnet50"]["peak_bytes"] > weights
+    assert rows["vmamba_tiny"]["peak_bytes"] < 2 * rows["resnet50"]["peak_bytes"]
+
+
+@pytest.mark.slow
 def test_step_estimates_a_whole_run(tmp_path) -> None:
     out = tmp_path / "step.json"
     result = CliRunner().invoke(

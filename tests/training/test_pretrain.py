@@ -343,6 +343,37 @@ def test_local_vit_views_use_the_references_position_rule() -> None:
     assert vit(torch.randn(2, 3, 8, 8)).shape == (2, 192)
 
 
+VMAMBA = {"name": "vmamba_tiny", "drop_path_rate": 0.2, "teacher_drop_path_rate": 0.2}
+
+
+@pytest.mark.parametrize(("policy", "decay"), [("dino", True), ("model", False), ("all", True)])
+def test_weight_decay_of_the_state_space(policy: str, decay: bool) -> None:
+    """The reference decays the two that are no vectors; the model names them as not to be."""
+    student = build_student(recipe(backbone=VMAMBA).backbone, 0)
+    optimizer = recipe(optimizer={"weight_decay_policy": policy, "warmup_epochs": 0.5}).optimizer
+    groups = build_optimizer(optimizer, [student]).param_groups
+    ids = {id(p): n for n, p in student.named_parameters()}
+    decayed = {ids[id(p)] for group in groups if group["decays"] for p in group["params"]}
+    op = "layers.3.blocks.1.op"
+    assert {f"{op}.A_logs", f"{op}.dt_projs_bias"} <= decayed or not decay
+    assert f"{op}.A_logs" not in decayed or decay
+    assert (f"{op}.Ds" in decayed) == (policy == "all")
+    assert f"{op}.dt_projs_weight" in decayed
+
+
+def test_a_vmamba_teacher_drops_paths_too() -> None:
+    """As the reference's; the two are drawn apart, and each branch of a block as well."""
+    config = load_recipe("clever-vmamba-tiny.in100-caug").backbone
+    student = build_student(config, 0)
+    teacher = build_teacher(student, config)
+    for network in (student, teacher):
+        paths = [m for m in network.modules() if isinstance(m, SampledDropPath)]
+        assert len(paths) == 26
+        assert paths[-1].drop_prob == pytest.approx(0.2)
+    plain = build_student(recipe(backbone={"name": "vmamba_tiny"}).backbone, 0)
+    assert not any(isinstance(m, SampledDropPath) for m in plain.modules())
+
+
 def test_only_the_student_drops_paths() -> None:
     student = build_student(recipe(**VIT).backbone, 0)
     rates = [[m.drop_prob for m in net.modules() if hasattr(m, "drop_prob")]
@@ -702,8 +733,24 @@ def test_recipes_extend_and_take_overrides(tmp_path: Path) -> None:
         load_recipe(tmp_path / "b.toml")
 
 
+@pytest.mark.slow
+def test_an_epoch_of_vmamba_lowers_the_loss(tmp_path: Path, fashion_mnist_folder: Path) -> None:
+    """The recipe itself on 300 pictures, with a small head and batch."""
+    overrides = [*MINIATURE[1:], "batch_size=16", "optimizer.warmup_epochs=0.1"]
+    loaded = load_recipe("clever-vmamba-tiny.fmnist", overrides)
+    images = load_train_images(loaded.data, fashion_mnist_folder, at_least=16)
+    pretrain.train(loaded, images, tmp_path)
+    losses = [line["contrastive"] for line in log_lines(tmp_path)]
+    assert len(losses) == 18
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.1
+
+
 SMOKE = sorted(p.stem for p in RECIPES.glob("*.toml"))
-QUICK_SMOKE = ("clever-vit-tiny.in100-caug", "clever-simsiam-resnet18.fmnist")
+QUICK_SMOKE = (
+    "clever-vit-tiny.in100-caug",
+    "clever-simsiam-resnet18.fmnist",
+    "dino-vmamba-tiny.fmnist",
+)
 
 
 @pytest.mark.parametrize(

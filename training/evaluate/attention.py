@@ -1,4 +1,4 @@
-"""What an encoder looks at, as a picture: attention of a ViT, Grad-CAM of a ResNet.
+"""What an encoder looks at, as a picture: attention of a ViT, Grad-CAM of any other.
 
 python -m training.evaluate.attention photos/ -m clever-resnet18 -o looks.png
 """
@@ -115,7 +115,7 @@ def grad_cam(
     and summed; what is negative counts as zero.
 
     Args:
-        encoder: Convolutional.
+        encoder: No ViT.
         pixels: (B, 3, H, W) normalised.
         part: Whose features make the target.
         like: (1, 3, H', W') pixels of the picture to compare with; None for the norm.
@@ -132,7 +132,7 @@ def grad_cam(
     """
     if is_vit(encoder):
         raise ShapeError(
-            f"{encoder.spec.backbone} has no convolutional maps; draw its class_attention instead"
+            f"{encoder.spec.backbone} has no maps of stages; draw its class_attention instead"
         )
     with evaluating(encoder), torch.enable_grad():
         maps = encoder.features(pixels.detach().requires_grad_(), last=last)
@@ -266,7 +266,7 @@ def look(
     """The figure of what an encoder looks at in each picture.
 
     Args:
-        encoder: ViT: attention of the class token; convolutional: Grad-CAM.
+        encoder: ViT: attention of the class token; any other: Grad-CAM.
         paths: Image files, at most 100.
         parts: Grad-CAM targets; None for every part that the encoder has.
         like: Grad-CAM of the cosine to this picture instead of the norm.
@@ -330,7 +330,7 @@ def main(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
 ) -> None:
-    """Draw what an encoder looks at: attention heads (ViT) or Grad-CAM of each part (ResNet).
+    """Draw what an encoder looks at: attention heads of a ViT, Grad-CAM of each part of any other.
 
     Example: python -m training.evaluate.attention photos/ -m clever-resnet18 -o looks.png
     """
