@@ -310,7 +310,7 @@ def export(
         list[str] | None,
         typer.Option(
             help="Folder, glob pattern or file, may be repeated: pictures like yours, for int8 of "
-            "a convolutional backbone. The default, bundled pictures of clothes, is a poor guess."
+            "a ResNet. The default, bundled pictures of clothes, is a poor guess."
         ),
     ] = None,
 ) -> None:

@@ -94,11 +94,11 @@ def export_onnx(
         input: "uint8": (B, size, size, 3) RGB, resized and cropped, normalised inside the graph.
             "float32": (B, 3, size, size), normalised by the caller.
         precision: "fp16" halves the file and is for GPUs. "int8" is for CPUs: weights and
-            activations of convolutional backbones, with ranges from `calibration`; of a ViT the
-            matrix products, whose ranges are taken from each batch anew, so that an embedding
-            depends a little on its neighbours in the batch.
-        calibration: Images like those to come, for int8 of a convolutional backbone; a hundred
-            are plenty. None takes bundled pictures, which are small grey pictures of clothes.
+            activations of a ResNet, with ranges from `calibration`; of other backbones the matrix
+            products, whose ranges are taken from each batch anew, so that an embedding depends a
+            little on its neighbours in the batch.
+        calibration: Images like those to come, for int8 of a ResNet; a hundred are plenty. None
+            takes bundled pictures, which are small grey pictures of clothes.
 
     Raises:
         ExportParityError: If an output is off by more than 1e-4 of its norm (fp32) or its cosine

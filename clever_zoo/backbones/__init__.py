@@ -1,6 +1,7 @@
 """The backbones by name: what timm calls them and how wide their features are."""
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -103,6 +104,17 @@ def model_args_problems(name: str, model_args: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _creator(name: str) -> Callable[..., "nn.Module"]:
+    """Whose function builds a backbone: ours or timm's."""
+    if name.startswith("vmamba"):
+        from clever_zoo.backbones.vmamba import create_vmamba
+
+        return create_vmamba
+    import timm
+
+    return timm.create_model
+
+
 def build_backbone(name: str, **model_args: Any) -> "nn.Module":
     """Build a randomly initialised backbone, without a classifier.
 
@@ -122,10 +134,7 @@ def build_backbone(name: str, **model_args: Any) -> "nn.Module":
     if problems := model_args_problems(name, model_args):
         raise SpecError("; ".join(problems))
     try:
-        if name.startswith("vmamba"):
-            from clever_zoo.backbones.vmamba import create_vmamba as create_model
-        else:
-            from timm import create_model
+        create = _creator(name)
     except ImportError as error:
         raise BackendMissingError(
             f"{error.name} is not installed, and building {name!r} needs it: "
@@ -135,6 +144,6 @@ def build_backbone(name: str, **model_args: Any) -> "nn.Module":
         # The reference starts every batch-norm gain at one; timm would zero the last of a block.
         model_args = {"zero_init_last": False, **model_args}
     try:
-        return create_model(info.architecture, num_classes=0, **info.model_args, **model_args)
+        return create(info.architecture, num_classes=0, **info.model_args, **model_args)
     except AssertionError as error:
         raise SpecError(f"timm cannot build {name!r} with {model_args}: {error}") from error

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, Mlp, create_classifier
-from timm.models import build_model_with_cfg, feature_take_indices
+from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d, create_classifier
+from timm.models import build_model_with_cfg
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from clever_zoo.backbones.scan import cross_merge, cross_scan, selective_scan
 from clever_zoo.errors import ShapeError, SpecError
@@ -104,6 +106,27 @@ class _Softplus(torch.autograd.Function):
         return gradient * -torch.expm1(-result)
 
 
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, (..., C) -> (..., C)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Widen, bend, narrow."""
+        hidden = self.fc1(x)
+        if not self.training:
+            return self._narrow(hidden)
+        # Of the two widest tensors of a block one is made again for the gradient: the GELU alone
+        # is computed twice, as the recomputation ends where the linear layer has its input.
+        return checkpoint(self._narrow, hidden, use_reentrant=False, preserve_rng_state=False)
+
+    def _narrow(self, hidden: Tensor) -> Tensor:
+        return self.fc2(F.gelu(hidden))
+
+
 class Block(nn.Module):
     """Two residual branches, the scan and an MLP; (B, H, W, C) -> (B, H, W, C)."""
 
@@ -113,7 +136,7 @@ class Block(nn.Module):
         self.op = SS2D(dim)
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim, 4 * dim)
+        self.mlp = Mlp(dim)
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,6 +168,8 @@ class VMamba(nn.Module):
     Shapes: (B, 3, H, W), any H and W from 1, -> (B, num_classes), or (B, D) without classes.
     """
 
+    global_pool: SelectAdaptivePool2d
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -169,7 +194,8 @@ class VMamba(nn.Module):
             nn.GELU(),
             *_halving(embed_dim // 2, embed_dim),
         )
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        count = sum(depths)
+        rates = (drop_path_rate * i / max(count - 1, 1) for i in range(count))
         self.layers = nn.Sequential()
         for dim, depth in zip(dims, depths, strict=True):
             blocks = Blocks(*(Block(dim, next(rates)) for _ in range(depth)))
@@ -226,10 +252,11 @@ class VMamba(nn.Module):
         x = self._embed(x)
         maps = []
         for index, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
-            x = stage.blocks(x)
+            blocks, downsample = stage.children()
+            x = blocks(x)
             if index in taken:
                 maps.append(x)
-            x = stage.downsample(x)
+            x = downsample(x)
         if index == len(self.layers) - 1:
             x = self.classifier["norm"](x)
             if norm and index in taken:
