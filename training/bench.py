@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.timing import canary_gflops, photograph, seconds, summary
-from clever_zoo.backbones import build_backbone, list_backbones
+from clever_zoo.backbones import build_backbone, list_backbones, vmamba
 from clever_zoo.cli import fail
 from clever_zoo.encoder import usable_device
 from clever_zoo.errors import CleverZooError, RecipeError
@@ -39,7 +39,7 @@ from training.config import Recipe, ViewsConfig, load_recipe
 from training.data import load_train_images
 from training.distributed import Processes
 from training.methods.dino import Dino, DinoSection
-from training.pretrain import build_views, train
+from training.pretrain import HALF, build_views, train
 from training.provenance import environment
 from training.runlog import LOG, read_log
 from training.views import MultiCrop
@@ -272,68 +272,92 @@ def heads(
     Console().print(table)
 
 
-def step_memory(backbone: str, batch: int, size_px: int, device: str) -> dict[str, float]:
-    """Peak memory and time of a backbone's training steps with AdamW, in fp32.
+def backbone_step(
+    backbone: str, settings: dict[str, Any], device: str, *, kernel: bool = True
+) -> dict[str, float]:
+    """Speed and peak memory of a backbone's training step: forward, backward and AdamW.
+
+    Args:
+        backbone: Its name.
+        settings: `batch`, `size_px`, `steps`, `precision`.
+        device: Where it runs.
+        kernel: False: a VMamba's scan in plain torch even where there is a kernel.
 
     Returns:
-        `peak_bytes` above what the process took before: weights, gradients, the optimiser's state
-        and all that a step keeps; `seconds` of the second step.
+        `images_per_s`, the median step's; `peak_bytes` above what the process took before, so
+        with weights, gradients and the optimiser's state.
     """
-    before = _used_bytes(device)
+    if not kernel:
+        vmamba.selective_scan = functools.partial(vmamba.selective_scan, kernel=False)
+    before, half = _used_bytes(device), HALF.get(settings["precision"])
     torch.manual_seed(0)
     network = build_backbone(backbone).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-    pixels = torch.randn(batch, 3, size_px, size_px, device=device)
+    pixels = torch.randn(settings["batch"], 3, *[settings["size_px"]] * 2, device=device)
 
     def work() -> None:
         optimizer.zero_grad()
-        network(pixels).square().mean().backward()
+        with torch.autocast(torch.device(device).type, half, enabled=half is not None):
+            features = network(pixels)
+        features.float().square().mean().backward()
         optimizer.step()
 
-    work()  # now the optimiser has its state
-    return {"seconds": seconds(work, device), "peak_bytes": _peak_bytes(device) - before}
+    work()  # the first one makes the optimiser's state and compiles kernels
+    step_s = median(seconds(work, device) for _ in range(settings["steps"]))
+    return {
+        "images_per_s": settings["batch"] / step_s,
+        "peak_bytes": _peak_bytes(device) - before,
+    }
 
 
 @app.command()
-def memory(
-    backbones: Annotated[
-        list[str] | None, typer.Argument(help="Backbones (default: all); resnet50 is the peer.")
+def backbones(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Backbones (default: all) beside resnet50.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 8,
     size: Annotated[int, typer.Option(min=1, help="Side of the images, px.")] = 224,
+    steps: Annotated[int, typer.Option(min=1, help="Counted steps.")] = 3,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write the record there.")
     ] = None,
 ) -> None:
-    """Peak memory of a training step of each backbone beside ResNet-50's.
+    """Training steps of the bare backbones: images/s and peak memory beside ResNet-50's.
 
-    Each runs in a process of its own: two steps on random pixels, forward, backward and AdamW.
+    Each runs in a process of its own, on random pixels. On a GPU the VMamba runs twice, with the
+    kernel and with the scan in plain torch.
 
-    Example: python -m training.bench memory vmamba_tiny --batch 16
+    Example: python -m training.bench backbones vmamba_tiny --device cuda --precision bf16
     """
-    names = dict.fromkeys(["resnet50", *(backbones or list_backbones())])
+    settings = {"batch": batch, "size_px": size, "steps": steps, "precision": precision}
     try:
-        usable_device(device)
-        rows = {name: _in_new_process(step_memory, name, batch, size, device) for name in names}
-        record = {
-            "settings": {"batch": batch, "size_px": size},
-            "environment": environment(device),
-            "backbones": rows,
-        }
+        if precision not in ("fp32", *HALF):
+            problem = f"precision is {precision!r}; use fp32, {' or '.join(HALF)}"
+            raise RecipeError("options", [problem])
+        has_kernel = usable_device(device).type == "cuda"
+        rows: dict[str, dict[str, float]] = {}
+        for name in dict.fromkeys(["resnet50", *(names or list_backbones())]):
+            rows[name] = _in_new_process(backbone_step, name, settings, device)
+            if has_kernel and name.startswith("vmamba"):
+                plain = functools.partial(backbone_step, kernel=False)
+                rows[f"{name}, plain scan"] = _in_new_process(plain, name, settings, device)
+        record = {"settings": settings, "environment": environment(device), "backbones": rows}
         if json_path is not None:
             write_atomic(json_path, (json.dumps(record, indent=2) + "\n").encode())
     except (CleverZooError, OSError) as error:
         fail(error)
-    table = Table(
-        "", "peak memory", "ratio to resnet50", "seconds", title=f"batch {batch}, {size} px"
-    )
+    title = f"training steps of backbones, batch {batch}, {size} px, {precision}"
+    table = Table("", "images/s", "to resnet50", "peak memory", "to resnet50", title=title)
+    peer = rows["resnet50"]
     for name, row in rows.items():
         table.add_row(
             name,
+            f"{row['images_per_s']:.1f}",
+            f"{row['images_per_s'] / peer['images_per_s']:.2f}",
             f"{row['peak_bytes'] / 1e9:.2f} GB",
-            f"{row['peak_bytes'] / rows['resnet50']['peak_bytes']:.2f}",
-            f"{row['seconds']:.2f}",
+            f"{row['peak_bytes'] / peer['peak_bytes']:.2f}",
         )
     table.caption = f"{record['environment']['hardware']}, torch {record['environment']['torch']}"
     Console().print(table)

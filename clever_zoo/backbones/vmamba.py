@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from clever_zoo.backbones import BACKBONES
 from clever_zoo.backbones.scan import cross_merge, cross_scan, selective_scan
 from clever_zoo.errors import ShapeError, SpecError
 from clever_zoo.spec import IMAGENET_MEAN, IMAGENET_STD
@@ -31,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vmamba_small": {"embed_dim": 96, "depths": (2, 2, 20, 2), "drop_path_rate": 0.3},
     "vmamba_base": {"embed_dim": 128, "depths": (2, 2, 20, 2), "drop_path_rate": 0.6},
 }
-FIRST_CONV, CLASSIFIER = "patch_embed.0", "classifier.head"
+_INFO = BACKBONES["vmamba_tiny"]
 _DEFAULT_CFG = {
     "num_classes": 1000,
     "input_size": (3, 224, 224),
@@ -40,8 +41,8 @@ _DEFAULT_CFG = {
     "interpolation": "bicubic",
     "mean": IMAGENET_MEAN,
     "std": IMAGENET_STD,
-    "first_conv": FIRST_CONV,
-    "classifier": CLASSIFIER,
+    "first_conv": _INFO.first_conv,
+    "classifier": _INFO.classifier,
 }
 
 
@@ -81,7 +82,7 @@ class SS2D(nn.Module):
         steps, b, c = projected.split([self.dt_rank, 1, 1], dim=2)
         scanned = selective_scan(
             sequences,
-            _Softplus.apply(self.dt_projs_weight @ steps + self.dt_projs_bias[..., None]),
+            _softplus(self.dt_projs_weight @ steps + self.dt_projs_bias[..., None]),
             -self.A_logs.exp().view(DIRECTIONS, -1),
             b.squeeze(2),
             c.squeeze(2),
@@ -89,6 +90,12 @@ class SS2D(nn.Module):
         )
         merged = cross_merge(scanned, height, width).permute(0, 2, 3, 1)
         return self.out_proj(self.out_norm(merged.to(self.out_norm.weight.dtype)))
+
+
+def _softplus(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # exported too, where onnxruntime's own operator is slow
+        return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+    return _Softplus.apply(x)
 
 
 class _Softplus(torch.autograd.Function):

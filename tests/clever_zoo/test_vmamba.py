@@ -1,5 +1,6 @@
 """VMamba: names, shapes and counts of the specification, its arithmetic, and timm's interface."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import clever_zoo
-from clever_zoo import OnnxEncoder, create_classifier, export_onnx
-from clever_zoo.backbones import build_backbone, vmamba
+from clever_zoo import OnnxEncoder, create_classifier, export_onnx, onnx_export
+from clever_zoo.backbones import BACKBONES, build_backbone, vmamba
 from clever_zoo.backbones.vmamba import SS2D, VMamba, create_vmamba
 from clever_zoo.encoder import Encoder
 from clever_zoo.errors import ShapeError, SpecError
@@ -255,7 +256,7 @@ def test_timm_interface(toy: VMamba) -> None:
     toy.reset_classifier(7)
     assert toy(pixels).shape == (2, 7)
     assert torch.equal(toy.forward_head(last, pre_logits=True), toy.global_pool(last))
-    assert toy.get_classifier() is toy.get_submodule(vmamba.CLASSIFIER)
+    assert toy.get_classifier() is toy.get_submodule(BACKBONES["vmamba_tiny"].classifier)
     toy.reset_classifier(0, "")
     assert toy(pixels).shape == last.shape
 
@@ -339,38 +340,34 @@ def test_a_saved_encoder_comes_back(tmp_path: Path) -> None:
     assert torch.equal(again(pixels), classifier.eval()(pixels))
 
 
-def nodes_of(path: Path) -> list[str]:
-    return [node.op_type for node in onnx.load(path).graph.node]
-
-
-def test_onnx_gives_torchs_embeddings(tmp_path: Path) -> None:
-    """One block in each stage; at batches that were not traced."""
-    backbone = create_vmamba("vmamba_tiny", num_classes=0, depths=(1, 1, 1, 1))
+def test_onnx_gives_torchs_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two last stages with a block each, traced once; at batches that were not traced."""
+    backbone = create_vmamba("vmamba_tiny", num_classes=0, embed_dim=384, depths=(1, 1))
     encoder = Encoder(small_encoder().spec, backbone).eval()
-    report = export_onnx(encoder, tmp_path / "vmamba.onnx")
-    assert not {"Loop", "Scan"} & set(nodes_of(report.path))
-    onnx_encoder = OnnxEncoder.from_pretrained(report.path)
-    for count in (1, 3, 8):
-        pixels = pixels_of(encoder, count)
-        halves = zip(onnx_encoder.embed_pixels(pixels), encoder.embed_pixels(pixels), strict=True)
-        assert all(max_relative_difference(ours, theirs) <= 1e-4 for ours, theirs in halves)
+    traced = onnx_export._trace(encoder, encoder.spec.preprocess, "uint8")
+    monkeypatch.setattr(onnx_export, "_trace", lambda *_: copy.deepcopy(traced))
+    for precision in ("fp32", "fp16", "int8"):
+        report = export_onnx(encoder, tmp_path / f"{precision}.onnx", precision=precision)
+        onnx_encoder = OnnxEncoder.from_pretrained(report.path)
+        for count in (1, 3, 8):
+            pixels = pixels_of(encoder, count)
+            halves = zip(
+                onnx_encoder.embed_pixels(pixels), encoder.embed_pixels(pixels), strict=True
+            )
+            for ours, theirs in halves:
+                if precision == "fp32":
+                    assert max_relative_difference(ours, theirs) <= 1e-4
+                else:
+                    assert min_cosine(ours, theirs) >= MIN_COSINE[precision]
 
 
 @pytest.mark.slow
-def test_onnx_at_224_px_in_every_precision(tmp_path: Path) -> None:
+def test_onnx_at_224_px(tmp_path: Path) -> None:
     """The first stage scans 3,136 places: in no loop, and unrolled in none."""
-    encoder = small_encoder(preprocess={"input_size_px": 224})
-    nodes = nodes_of(export_onnx(encoder, tmp_path / "fp32.onnx").path)
+    report = export_onnx(small_encoder(preprocess={"input_size_px": 224}), tmp_path / "vmamba.onnx")
+    nodes = [node.op_type for node in onnx.load(report.path).graph.node]
     assert not {"Loop", "Scan"} & set(nodes)
-    assert len(nodes) < 3000
-    pixels = pixels_of(encoder, 4)
-    expected = encoder.embed_pixels(pixels)
-    for precision in ("fp16", "int8"):
-        report = export_onnx(encoder, tmp_path / f"{precision}.onnx", precision=precision)
-        halves = zip(
-            OnnxEncoder.from_pretrained(report.path).embed_pixels(pixels), expected, strict=True
-        )
-        assert all(min_cosine(ours, theirs) >= MIN_COSINE[precision] for ours, theirs in halves)
+    assert len(nodes) < 6000
 
 
 def pixels_of(encoder: Encoder, count: int) -> np.ndarray:

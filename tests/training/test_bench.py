@@ -60,10 +60,10 @@ def test_heads_prints_both_forms_and_equal_gradients(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_compares_with_resnet50(tmp_path) -> None:
-    out = tmp_path / "memory.json"
-    options = ["--batch", "2", "--size", "128", "--json", str(out)]
-    result = CliRunner().invoke(app, ["memory", "vmamba_tiny", *options])
+def test_backbones_compares_with_resnet50(tmp_path) -> None:
+    out = tmp_path / "backbones.json"
+    options = ["--batch", "2", "--size", "128", "--steps", "1", "--json", str(out)]
+    result = CliRunner().invoke(app, ["backbones", "vmamba_tiny", *options])
     assert result.exit_code == 0, result.output
     rows = json.loads(out.read_text())["backbones"]
     assert list(rows) == ["resnet50", "vmamba_tiny"]

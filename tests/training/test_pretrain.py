@@ -740,9 +740,9 @@ def test_an_epoch_of_vmamba_lowers_the_loss(tmp_path: Path, fashion_mnist_folder
     loaded = load_recipe("clever-vmamba-tiny.fmnist", overrides)
     images = load_train_images(loaded.data, fashion_mnist_folder, at_least=16)
     pretrain.train(loaded, images, tmp_path)
-    losses = [line["contrastive"] for line in log_lines(tmp_path)]
+    losses = [line["loss"] for line in log_lines(tmp_path)]
     assert len(losses) == 18
-    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.1
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.5
 
 
 SMOKE = sorted(p.stem for p in RECIPES.glob("*.toml"))
