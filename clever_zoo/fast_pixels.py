@@ -30,13 +30,13 @@ except ImportError as error:
 # EXIF orientation -> whether rows and columns change places, and which axes are turned round then.
 _UPRIGHT: dict[int, tuple[bool, list[int]]] = {
     1: (False, []),
-    2: (False, [2]),
-    3: (False, [1, 2]),
-    4: (False, [1]),
+    2: (False, [1]),
+    3: (False, [0, 1]),
+    4: (False, [0]),
     5: (True, []),
-    6: (True, [2]),
-    7: (True, [1, 2]),
-    8: (True, [1]),
+    6: (True, [1]),
+    7: (True, [0, 1]),
+    8: (True, [0]),
 }
 
 
@@ -57,12 +57,12 @@ def fast_image_pixels(
         image = load_image(source, index)
         if not _resizable(image, spec):
             return crop_pixels(image, spec.resize_px, spec.input_size_px)
-        decoded = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        decoded = torch.from_numpy(np.array(image))
     return _central_square(decoded, spec)
 
 
 def _decode(path: str | Path, spec: PreprocessSpec) -> Tensor | None:
-    """(3, H, W) uint8 RGB, upright; None for what Pillow has to look at."""
+    """(H, W, 3) uint8 RGB, upright; None for what Pillow has to look at."""
     try:
         with Image.open(path) as image:  # reads the header, and refuses bombs
             if image.format != "JPEG" or image.mode not in ("L", "RGB"):
@@ -70,10 +70,10 @@ def _decode(path: str | Path, spec: PreprocessSpec) -> Tensor | None:
             if min(image.size) < MIN_SIDE_PX or not _resizable(image, spec):
                 return None
             swapped, turned = _UPRIGHT[image.getexif().get(ExifTags.Base.Orientation, 1)]
-        decoded = torch.from_numpy(decode_jpeg(Path(path).read_bytes())).permute(2, 0, 1)
+        decoded = torch.from_numpy(decode_jpeg(Path(path).read_bytes()))
     except (*UNREADABLE, KeyError):
         return None
-    upright = decoded.transpose(1, 2) if swapped else decoded
+    upright = decoded.transpose(0, 1) if swapped else decoded
     return upright.flip(turned) if turned else upright
 
 
@@ -83,16 +83,17 @@ def _resizable(image: Image.Image, spec: PreprocessSpec) -> bool:
 
 
 def _central_square(image: Tensor, spec: PreprocessSpec) -> NDArray[np.uint8]:
-    """Resize the short side to `resize_px` and cut the square, (size, size, 3) uint8."""
-    height, width = image.shape[1:]
+    """Resize the short side of (H, W, 3) to `resize_px` and cut the square."""
+    height, width = image.shape[:2]
     sides = [int(spec.resize_px * side / min(height, width)) for side in (height, width)]
     # torch resizes its last axis first, and what overshoots a byte is cut after each axis.
     swapped = rows_first((width, height), sides[::-1])
     if swapped:
-        image, sides = image.transpose(1, 2), sides[::-1]
-    resized = torch.nn.functional.interpolate(image[None], sides, mode="bicubic", antialias=True)
+        image, sides = image.transpose(0, 1), sides[::-1]
+    # Channels last in memory: torch then has no copies to make.
+    batch = image.contiguous()[None].permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(batch, sides, mode="bicubic", antialias=True)
     size = spec.input_size_px
     top, left = (round((side - size) / 2) for side in sides)
-    square = resized[0, :, top : top + size, left : left + size]
-    axes = (2, 1, 0) if swapped else (1, 2, 0)
-    return np.ascontiguousarray(square.permute(axes).numpy())
+    square = resized[0, :, top : top + size, left : left + size].permute(1, 2, 0)
+    return (square.transpose(0, 1) if swapped else square).contiguous().numpy()
