@@ -10,7 +10,7 @@ full features, or logits of a fresh classifier with `num_classes=N`.
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clever_zoo.backbones import BACKBONES
 from clever_zoo.errors import BackendMissingError
@@ -20,31 +20,31 @@ from clever_zoo.spec import ModelSpec
 
 try:
     from timm.models import (
+        PretrainedCfg,
         generate_default_cfgs,
         model_entrypoint,
         register_model,
         resolve_pretrained_cfg,
     )
+    from torch import nn
 except ImportError as error:
     raise BackendMissingError(
         f'{error.name} is not installed: pip install "clever-zoo[torch]"'
     ) from error
 
-if TYPE_CHECKING:
-    from torch import nn
-
-_RELEASED = {spec.name: spec for spec in RELEASED}
+# By the source that timm's registry has for each.
+_RELEASED: dict[Any, ModelSpec] = {spec.name: spec for spec in RELEASED}
 
 
-def _described_models() -> dict[str, dict[str, Any]]:
+def _described_models() -> dict[str, dict[str, Any] | PretrainedCfg]:
     """timm's name -> what it knows of a model; a tag that ends in * is the default one."""
-    described = {}
+    described: dict[str, dict[str, Any] | PretrainedCfg] = {}
     for spec in RELEASED:
         model, _, tag = spec.name.partition(".")
         mark = "*" if DEFAULT_TAGS.get(model) == tag else ""
-        config = spec.to_config()["pretrained_cfg"]
-        # timm lists as pretrained what has a source; `_with_weights` puts a file in its place.
-        described[f"{model.replace('-', '_')}.{tag}{mark}"] = config | {"url": spec.name}
+        # timm lists as pretrained what has a source; `_with_weights` finds the file behind it.
+        config = spec.to_config()["pretrained_cfg"] | {"url": spec.name}
+        described[f"{model.replace('-', '_')}.{tag}{mark}"] = config
     released = {name.partition(".")[0] for name in described}
     for backbone, info in BACKBONES.items():
         if f"clever_{backbone}" not in released:
@@ -62,10 +62,10 @@ def _create(
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **kwargs: Any,
-) -> "nn.Module":
+) -> nn.Module:
     model = f"clever-{backbone.replace('_', '-')}"
     if isinstance(pretrained_cfg, str):
-        model = model_info(f"{model}.{pretrained_cfg}").name
+        model_info(f"{model}.{pretrained_cfg}")  # timm's error for another tag names no recipe
     cfg = resolve_pretrained_cfg(f"clever_{backbone}", pretrained_cfg)
     spec = _RELEASED.get(cfg.url)
     cfg = dataclasses.replace(cfg, **(pretrained_cfg_overlay or {}))
@@ -77,16 +77,18 @@ def _create(
     return create(pretrained=pretrained, pretrained_cfg=cfg, **arguments)
 
 
-def _with_weights(cfg: Any, model: str, cache_dir: str | Path | None) -> Any:
+def _with_weights(cfg: PretrainedCfg, model: str, cache_dir: str | Path | None) -> PretrainedCfg:
     """The cfg with the verified file of a released model, unless it names weights of its own."""
     if cfg.state_dict or cfg.file or cfg.hf_hub_id or (cfg.url and cfg.url not in _RELEASED):
         return cfg
-    _, weights = locate_model(cfg.url or model, cache_dir=Path(cache_dir) if cache_dir else None)
+    _, weights = locate_model(
+        str(cfg.url or model), cache_dir=Path(cache_dir) if cache_dir else None
+    )
     return dataclasses.replace(cfg, file=str(weights))
 
 
 def _register(backbone: str) -> None:
-    def create(pretrained: bool = False, **kwargs: Any) -> "nn.Module":
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return _create(backbone, pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = f"clever_{backbone}"

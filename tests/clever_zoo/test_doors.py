@@ -201,7 +201,8 @@ def test_timm_adds_a_fresh_classifier(pixels) -> None:
 def test_timm_adapts_the_channels(pixels) -> None:
     model = timm.create_model("clever_resnet18", pretrained=True, in_chans=1).eval()
     three = clever_zoo.from_pretrained(NAME).backbone.conv1.weight
-    torch.testing.assert_close(model.conv1.weight, three.sum(1, keepdim=True))
+    # timm adds up what is stored, in float16.
+    torch.testing.assert_close(model.conv1.weight, three.sum(1, keepdim=True), rtol=1e-3, atol=1e-3)
     with torch.no_grad():
         assert model(pixels[:, :1]).shape == (len(pixels), 512)
 
