@@ -9,6 +9,8 @@ full features, or logits of a fresh classifier with `num_classes=N`.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +89,13 @@ def _with_weights(cfg: PretrainedCfg, model: str, cache_dir: str | Path | None) 
     return dataclasses.replace(cfg, file=str(weights))
 
 
-def _register(backbone: str) -> None:
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create(backbone, pretrained, **kwargs)
+def _register(name: str, create: Callable[..., nn.Module]) -> None:
+    def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create(pretrained=pretrained, **kwargs)
 
-    create.__name__ = create.__qualname__ = f"clever_{backbone}"
-    globals()[create.__name__] = register_model(create)
+    entry_point.__name__ = entry_point.__qualname__ = name
+    globals()[name] = register_model(entry_point)
 
 
 for _backbone in BACKBONES:
-    _register(_backbone)
+    _register(f"clever_{_backbone}", functools.partial(_create, _backbone))
