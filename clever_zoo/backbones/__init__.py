@@ -19,8 +19,8 @@ class BackboneInfo:
         feature_dim: Width D of the pooled features.
         global_pool: timm's name of the pooling that makes them.
         model_args: Arguments that differ from timm's defaults whatever the input size.
-        init_args: Those that only random weights depend on; no config.json holds them.
         allowed_args: Further timm arguments that a spec may set.
+        init_args: Further ones that only random weights depend on; no spec holds them.
         classifier: Name of the layer that timm would put a classifier at.
         first_conv: Name of the layer that reads the pixels.
         int8: How it is quantised for ONNX: "static", with ranges of activations from calibration
@@ -34,8 +34,8 @@ class BackboneInfo:
     first_conv: str
     int8: Literal["static", "dynamic"]
     model_args: dict[str, Any] = field(default_factory=dict)
-    init_args: dict[str, Any] = field(default_factory=dict)
     allowed_args: tuple[str, ...] = ("drop_rate", "drop_path_rate")
+    init_args: dict[str, Any] = field(default_factory=dict)
 
 
 def _resnet(architecture: str, feature_dim: int) -> BackboneInfo:
@@ -48,14 +48,7 @@ def _vit(architecture: str, feature_dim: int) -> BackboneInfo:
     dynamic = {"dynamic_img_size": True}  # multi-crop training feeds two sizes
     allowed = ("img_size", "patch_size", "drop_rate", "drop_path_rate")
     return BackboneInfo(
-        architecture,
-        feature_dim,
-        "token",
-        "head",
-        "patch_embed.proj",
-        "dynamic",
-        model_args=dynamic,
-        allowed_args=allowed,
+        architecture, feature_dim, "token", "head", "patch_embed.proj", "dynamic", dynamic, allowed
     )
 
 
