@@ -189,7 +189,8 @@ def _check_tensor(tensor: _Input, size_px: int, max_images: int) -> None:
         )
     if tensor.shape[0] > max_images:
         raise RequestError(
-            f"{tensor.shape[0]} images in one request, at most {max_images} are taken; send several"
+            f"{_short(str(tensor.shape[0]))} images in one request, at most {max_images} are "
+            "taken; send several"
         )
 
 
