@@ -80,7 +80,7 @@ def _open(
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(name, index, "no known image format") from error
+        raise ImageError(name, index, "cannot be read as an image: no known format") from error
     except UNREADABLE as error:
         raise ImageError(name, index, f"cannot be read as an image: {error}") from error
 
