@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from clever_zoo.ahead import map_ahead
 from clever_zoo.errors import ImageError, ShapeError
@@ -79,6 +79,8 @@ def _open(
         raise ImageError(name, index, "no such file") from error
     except ImageError:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError(name, index, "cannot be read as an image: no known format") from error
     except UNREADABLE as error:
         raise ImageError(name, index, f"cannot be read as an image: {error}") from error
 
