@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import timm
 import torch
 from timm.models import group_parameters
 from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
 
 import clever_zoo
+import clever_zoo.timm
 from clever_zoo import OnnxEncoder, create_classifier, export_onnx, onnx_export
 from clever_zoo.backbones import BACKBONES, build_backbone, vmamba
 from clever_zoo.backbones.vmamba import SS2D, VMamba, create_vmamba
@@ -266,7 +269,7 @@ def test_built_as_timm_builds(toy: VMamba) -> None:
     assert model.feature_info.channels() == [192, 768]
     maps = model(torch.zeros(1, 1, 32, 32))
     assert [tuple(m.shape) for m in maps] == [(1, 192, 4, 4), (1, 768, 1, 1)]
-    config = create_vmamba("vmamba_tiny").pretrained_cfg
+    config = timm.create_model("vmamba_tiny").pretrained_cfg
     assert (config["architecture"], config["input_size"]) == ("vmamba_tiny", (3, 224, 224))
     model = create_vmamba("vmamba_tiny", num_classes=3, drop_rate=0.5, depths=(1, 1))
     assert (model.head_drop.p, model.num_classes) == (0.5, 3)
@@ -327,13 +330,18 @@ def test_half_precision_keeps_the_scan_in_float32(toy: VMamba, dtype: torch.dtyp
         assert F.cosine_similarity(full, other).min() > 0.999
 
 
-def test_a_saved_encoder_comes_back(tmp_path: Path) -> None:
+def test_every_door_gives_a_saved_encoder_to_the_bit(tmp_path: Path) -> None:
     encoder = small_encoder()
     encoder.save_pretrained(tmp_path)
     pixels = torch.randn(2, 3, 32, 32)
     loaded = clever_zoo.from_pretrained(tmp_path)
     with torch.no_grad():
-        assert torch.equal(loaded(pixels).full, encoder(pixels).full)
+        expected = encoder(pixels).full
+        assert torch.equal(loaded(pixels).full, expected)
+        model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert torch.equal(model(pixels), expected)
+        wrapper = AutoModel.from_pretrained(tmp_path).eval()
+        assert torch.equal(wrapper(pixels).pooler_output, expected)
     classifier = create_classifier(loaded, 3, part="equivariant")
     classifier.save_pretrained(tmp_path / "classifier")
     again = clever_zoo.Classifier.from_pretrained(tmp_path / "classifier")
