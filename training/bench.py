@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m training.bench views
     python -m training.bench views --strength caug_plus --batch 64 --json views.json
+    OMP_NUM_THREADS=2 python -m training.bench scan --threads 2
 
 Absolute figures move with whatever else the machine does; the ratio of two neighbours in the
 same round holds. Each round also times a fixed matrix product (the canary): where it varies,
@@ -27,8 +28,9 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from bench.timing import canary_gflops, photograph, seconds, summary
+from bench.timing import canary_gflops, photograph, seconds, summary, take_turns
 from clever_zoo.backbones import build_backbone, list_backbones, vmamba
+from clever_zoo.backbones.scan import selective_scan, selective_scan_loop
 from clever_zoo.cli import fail
 from clever_zoo.encoder import usable_device
 from clever_zoo.errors import CleverZooError, RecipeError
@@ -378,6 +380,94 @@ def fleet_rate(config: ViewsConfig, images: int, image_size: int, cores: int) ->
     with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
         jobs = [pool.submit(reference_views_rate, config, images, image_size) for _ in range(cores)]
         return sum(job.result() for job in jobs)
+
+
+def scan_works(settings: dict[str, int], device: str) -> dict[str, Callable[[], float]]:
+    """Forward and backward of each form of the selective scan, each a call that returns its time.
+
+    Args:
+        settings: `batch`, `directions`, `channels`, `length`.
+    """
+    b, k, c, length = settings.values()
+    g = torch.Generator(device).manual_seed(0)
+    normal = functools.partial(torch.randn, generator=g, device=device)
+    inputs = [
+        normal(b, k, c, length),
+        torch.nn.functional.softplus(normal(b, k, c, length) - 3),
+        -normal(k, c).exp(),
+        normal(b, k, length),
+        normal(b, k, length),
+        normal(k, c),
+    ]
+    inputs = [x.requires_grad_() for x in inputs]
+    gradient = normal(b, k, c, length)
+    forms: dict[str, Callable[..., torch.Tensor]] = {
+        "loop": selective_scan_loop,
+        "torch": functools.partial(selective_scan, kernel=False),
+    }
+    if torch.device(device).type == "cuda":
+        forms["triton"] = selective_scan
+
+    def form_seconds(form: Callable[..., torch.Tensor]) -> float:
+        return seconds(lambda: torch.autograd.grad(form(*inputs), inputs, gradient), device)
+
+    return {name: functools.partial(form_seconds, form) for name, form in forms.items()}
+
+
+@app.command()
+def scan(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of torch.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images.")] = 8,
+    channels: Annotated[int, typer.Option(min=1, help="Channels of each direction.")] = 96,
+    length: Annotated[int, typer.Option(min=1, help="Positions, h x w of the feature map.")] = 3136,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds.")] = 5,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the record there.")
+    ] = None,
+) -> None:
+    """Time VMamba's selective scan, forward and backward in float32, beside the plain loop.
+
+    The defaults are the first stage of `vmamba_tiny` at 224 px. The loop goes position by
+    position over slices made beforehand; on a GPU the Triton kernels take part.
+
+    Example: python -m training.bench scan --threads 2 --json scan.json
+    """
+    torch.set_num_threads(threads)
+    settings = {"batch": batch, "directions": 4, "channels": channels, "length": length}
+    try:
+        usable_device(device)
+        figures, canaries = take_turns(scan_works(settings, device), rounds)
+        each = [{name: s[i] for name, s in figures.items()} for i in range(rounds)]
+        ratios = [{name: row["loop"] / s for name, s in row.items()} for row in each]
+        record = {
+            "settings": settings,
+            "environment": environment(device),
+            "seconds": summary(each),
+            "times_the_loop": summary(ratios),
+            "canary_gflops": canaries,
+            "rounds": each,
+        }
+        if json_path is not None:
+            write_atomic(json_path, (json.dumps(record, indent=2) + "\n").encode())
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    title = f"selective scan {batch} x 4 x {channels} x {length}, forward and backward"
+    table = Table("", "ms", "min..max", "times the loop", "min..max", title=title)
+    for name in figures:
+        s, r = record["seconds"][name], record["times_the_loop"][name]
+        table.add_row(
+            name,
+            f"{1e3 * s['median']:,.1f}",
+            f"{1e3 * s['min']:,.1f}..{1e3 * s['max']:,.1f}",
+            f"{r['median']:.1f}",
+            f"{r['min']:.1f}..{r['max']:.1f}",
+        )
+    table.caption = (
+        f"{record['environment']['hardware']}, torch {record['environment']['torch']}; "
+        f"canary {min(canaries):.0f}..{max(canaries):.0f} GFLOP/s"
+    )
+    Console().print(table)
 
 
 def step_rates(recipe: Recipe, device: str, steps: int) -> dict[str, float]:

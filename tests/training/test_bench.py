@@ -59,6 +59,20 @@ def test_heads_prints_both_forms_and_equal_gradients(tmp_path) -> None:
     assert whole["peak_bytes"] > 0
 
 
+def test_scan_compares_with_the_loop(tmp_path) -> None:
+    out = tmp_path / "scan.json"
+    sizes = ["--batch", "1", "--channels", "2", "--length", "20", "--rounds", "2"]
+    result = CliRunner().invoke(app, ["scan", *sizes, "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "times the loop" in result.output
+    record = json.loads(out.read_text())
+    assert record["settings"]["length"] == 20
+    assert len(record["rounds"]) == len(record["canary_gflops"]) == 2
+    ratios = [row["loop"] / row["torch"] for row in record["rounds"]]
+    assert record["times_the_loop"]["torch"]["min"] == pytest.approx(min(ratios))
+    assert record["times_the_loop"]["loop"]["median"] == 1
+
+
 @pytest.mark.slow
 def test_backbones_compares_with_resnet50(tmp_path) -> None:
     out = tmp_path / "backbones.json"
