@@ -1,6 +1,6 @@
 """VMamba's scan: pixels in four orders, and a linear recurrence along each of them.
 
-Source: method.md 7.3. Shapes: b images, k directions, c channels, l positions, h x w pixels.
+Shapes: b images, k directions, c channels, l positions, h x w pixels.
 """
 
 import functools

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 1024  # elements of a block: channels of a program x positions
-MAX_POSITIONS = 256
+MAX_POSITIONS = 128
 
 
 @triton.jit
