@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 1024  # elements of a block: channels of a program x positions
-MAX_POSITIONS = 256
+MAX_POSITIONS = 128
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def _launch(kernel: triton.JITFunction, *tensors: Tensor, shape: torch.Size) -> 
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """As `clever_zoo.backbones.scan.forward`, for tensors on a GPU."""
+    """As `clever_zoo.backbones.scan_torch.forward`, for tensors on a GPU."""
     y, h = (torch.empty(u.shape, dtype=dtype, device=u.device) for _ in range(2))
     inputs = [x.contiguous() for x in (u, delta, A, B, C, D)]
     _launch(_forward_kernel, *inputs, y, h, shape=u.shape)
@@ -133,7 +133,7 @@ def forward(
 def backward(
     dy: Tensor, h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
 ) -> tuple[Tensor, ...]:
-    """As `clever_zoo.backbones.scan.backward`, for tensors on a GPU."""
+    """As `clever_zoo.backbones.scan_torch.backward`, for tensors on a GPU."""
     b, k, c, length = u.shape
     du, ddelta = (torch.empty_like(h) for _ in range(2))
     dA, dD = (h.new_empty(b, k, c) for _ in range(2))

@@ -121,6 +121,15 @@ def test_any_number_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_memory_layout_does_not_matter() -> None:
+    inputs = scan_inputs(2, 4, 3, 20)
+    expected = torch.autograd.grad(selective_scan(*inputs), inputs, torch.ones_like(inputs[0]))
+    scattered = [x.detach().mT.contiguous().mT.requires_grad_() for x in inputs]
+    gradients = torch.autograd.grad(selective_scan(*scattered).sum(), scattered)
+    assert not scattered[0].is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     inputs = scan_inputs(2, 4, 3, 100, dtype)
@@ -292,6 +301,28 @@ def test_triton_kernels_in_the_interpreter() -> None:
     result = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
     assert "8 passed" in result.stdout
+
+
+@pytest.mark.parametrize("inputs", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
+def test_triton_kernels_compile_for_a_gpu(kernel: str, inputs: str) -> None:
+    """Down to machine code for compute capability 8.0, which needs no GPU."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from clever_zoo.backbones import scan_triton
+
+    function = getattr(scan_triton, kernel)
+    outputs = "fp64" if inputs == "fp64" else "fp32"
+    computed = {"y_ptr", "h_ptr"} | {f"d{name}_ptr" for name in ("y", *NAMES)}
+    signature = {
+        name: "constexpr" if name.isupper() else f"*{outputs if name in computed else inputs}"
+        if name.endswith("_ptr") else "i32"
+        for name in function.arg_names
+    }  # fmt: skip
+    source = ASTSource(function, signature, {"CHANNELS": 8, "POSITIONS": 128})
+    assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
 
 
 @pytest.mark.gpu
