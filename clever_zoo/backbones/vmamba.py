@@ -292,7 +292,7 @@ class VMamba(nn.Module):
         return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else blocks}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the recurrence's own parameters, for which zero is no neutral value."""
+        """Names of the recurrence's own parameters: rates, step sizes and what passes it by."""
         kept = (".A_logs", ".Ds", ".dt_projs_bias")
         return {name for name, _ in self.named_parameters() if name.endswith(kept)}
 
