@@ -5,6 +5,7 @@ Proxies, tokens, HF_ENDPOINT, HF_HOME and the layout of the cache are huggingfac
 
 import json
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 # Before another attempt at a transfer that broke off in a way huggingface_hub does not resume.
 _PAUSES_S = (1, 2)
 _OFFLINE = "no request may be made (local_files_only or HF_HUB_OFFLINE)"
-LIBRARY = {"library_name": "clever-zoo", "library_version": clever_zoo.__version__}
+LIBRARY_NAME = "clever-zoo"
 
 
 class HubRepo:
@@ -44,11 +45,11 @@ class HubRepo:
         self.source, self.cache_dir, self.token = source, cache_dir, token
         self.local_files_only = local_files_only
         self._fetch_again = False
-        self._commit: str | None = None
+        self._revision = source.revision
         self._sums: dict[str, str] | None = None
 
     def __str__(self) -> str:
-        return f"{self.source.repo_id} at {self._commit or self.source.revision or 'main'}"
+        return f"{self.source.repo_id} at {self._revision or 'main'}"
 
     @property
     def offline(self) -> bool:
@@ -70,7 +71,7 @@ class HubRepo:
             DownloadError: If it cannot be had.
             IntegrityError: If it is not what it should be.
         """
-        path = self._download(filename)
+        path = self._get(filename)
         if path is None:
             raise DownloadError(self._absence(filename))
         try:
@@ -83,13 +84,13 @@ class HubRepo:
         """Whether SHA256SUMS lists a file; offline, whether it is in the cache, too."""
         if filename not in self._listed():
             return False
-        return not self.offline or self._download(filename) is not None
+        return not self.offline or self._get(filename) is not None
 
     def renew(self) -> bool:
         """Have everything fetched again from now on; False if that cannot be."""
         if self.offline or self._fetch_again:
             return False
-        self._fetch_again, self._commit, self._sums = True, None, None
+        self._fetch_again, self._revision, self._sums = True, self.source.revision, None
         return True
 
     def _verify(self, path: Path, filename: str, expected: WeightFile | None) -> None:
@@ -103,77 +104,76 @@ class HubRepo:
     def _listed(self) -> dict[str, str]:
         """The content of SHA256SUMS; empty if the repository has none."""
         if self._sums is None:
-            path = self._download(SUMS_FILENAME)
+            path = self._get(SUMS_FILENAME)
             self._sums = {} if path is None else read_sums(path)
         return self._sums
 
-    def _download(self, filename: str) -> Path | None:
-        """Fetch a file; None if the repository, or offline the cache, has none."""
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HTTPError,
-            RemoteEntryNotFoundError,
-        )
+    def _get(self, filename: str) -> Path | None:
+        """A file from the cache or the Hub; None if the repository, or offline the cache, has none.
 
-        try:
-            if self._known_absent(filename):
-                return None
-            path = self._fetch(filename)
-        except EntryNotFoundError as error:
-            if self.offline or isinstance(error, RemoteEntryNotFoundError):
-                return None
-            raise DownloadError(
-                f"{filename} of {self} is not in the Hub cache and could not be fetched: "
-                f"{reason_of(error)}"
-            ) from error
-        except (HTTPError, OSError, ValueError) as error:
-            raise self._failure(filename, error) from error
-        # Of the form .../snapshots/COMMIT/FILENAME.
-        self._commit = path.parents[filename.count("/")].name
-        return path
-
-    def _known_absent(self, filename: str) -> bool:
-        """Whether the cache says that this commit has no such file."""
+        What needs no request is read from the cache here, because hf_hub_download makes one even
+        with local_files_only.
+        """
         from huggingface_hub import _CACHED_NO_EXIST
 
-        return self._commit is not None and self._cached(filename) is _CACHED_NO_EXIST
+        cached, path = self._cached(filename), None
+        settled = self.offline or (self._is_commit() and not self._fetch_again)
+        if settled and isinstance(cached, str):
+            path = Path(cached)
+        elif not self.offline and not (settled and cached is _CACHED_NO_EXIST):
+            path = self._fetch(filename)
+        if path is not None:
+            # Of the form .../snapshots/COMMIT/FILENAME.
+            self._revision = path.parents[filename.count("/")].name
+        return path
+
+    def _is_commit(self) -> bool:
+        return re.fullmatch("[0-9a-f]{40}", self._revision or "") is not None
 
     def _cached(self, filename: str) -> Any:
+        """A path, a mark that the repository has no such file, or None for not known."""
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        return try_to_load_from_cache(
-            self.source.repo_id,
-            filename,
-            cache_dir=self.cache_dir,
-            revision=self._commit or self.source.revision,
-        )
+        repo_id = self.source.repo_id
+        try:
+            return try_to_load_from_cache(repo_id, filename, self.cache_dir, self._revision)
+        except HFValidationError as error:
+            raise invalid_name(repo_id, error) from error
 
-    def _fetch(self, filename: str) -> Path:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HTTPError
+    def _fetch(self, filename: str) -> Path | None:
+        """Ask the Hub; None if the repository has no such file."""
+        from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
 
-        if self._fetch_again:
-            self._drop_copy(filename)
         pauses_s = iter(_PAUSES_S)
         while True:
             try:
-                path = hf_hub_download(
-                    self.source.repo_id,
-                    filename,
-                    revision=self._commit or self.source.revision,
-                    cache_dir=self.cache_dir,
-                    token=self.token,
-                    local_files_only=self.offline,
-                    force_download=self._fetch_again,
-                    **LIBRARY,
-                )
-                return Path(path)
-            except HTTPError as error:
+                return self._transfer(filename)
+            except RemoteEntryNotFoundError:
+                return None
+            except (HTTPError, OSError, ValueError) as error:
                 pause_s = next(pauses_s, None)
                 if pause_s is None or not _is_transient(error):
-                    raise
+                    raise self._failure(filename, error) from error
                 logger.warning("%s of %s: %s; trying again", filename, self, error)
                 time.sleep(pause_s)
+
+    def _transfer(self, filename: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        if self._fetch_again:
+            self._drop_copy(filename)
+        path = hf_hub_download(
+            self.source.repo_id,
+            filename,
+            revision=self._revision,
+            cache_dir=self.cache_dir,
+            token=self.token,
+            force_download=self._fetch_again,
+            library_name=LIBRARY_NAME,
+            library_version=clever_zoo.__version__,
+        )
+        return Path(path)
 
     def _drop_copy(self, filename: str) -> None:
         """Where the cache holds copies, not symbolic links, force_download leaves the old one."""
@@ -199,12 +199,8 @@ class HubRepo:
             return "; it was fetched again and is no better, so tell the repository's owner"
         return ""
 
-    def _failure(self, filename: str, error: Exception) -> DownloadError | SourceError:
-        from huggingface_hub.errors import HFValidationError, HTTPError
-
-        if isinstance(error, HFValidationError):
-            return invalid_name(self.source.repo_id, error)
-        if isinstance(error, OSError) and not isinstance(error, HTTPError) and error.errno:
+    def _failure(self, filename: str, error: Exception) -> DownloadError:
+        if isinstance(error, OSError) and error.errno:
             return DownloadError(
                 f"{filename} of {self} could not be written to the Hub cache: {error}; free space "
                 "or permit writing, or name another folder with HF_HOME or cache_dir"
@@ -220,9 +216,14 @@ def _check_json(path: Path) -> None:
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether the connection broke or the server failed, so that another attempt may succeed."""
+    """Whether the connection broke or the server failed, so that another attempt may succeed.
+
+    Failures before the transfer, huggingface_hub has tried again itself and made others of.
+    """
+    from huggingface_hub.errors import HTTPError
+
     response = getattr(error, "response", None)
-    return response is None or response.status_code >= 500
+    return isinstance(error, HTTPError) and (response is None or response.status_code >= 500)
 
 
 def reason_of(error: BaseException) -> str:

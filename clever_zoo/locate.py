@@ -12,7 +12,6 @@ from clever_zoo.hub import HubRepo
 from clever_zoo.registry import HUB_PINS, model_info
 from clever_zoo.sources import (
     HubSource,
-    LocalSource,
     ReleasedSource,
     Source,
     is_onnx_path,

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import clever_zoo
 from clever_zoo.errors import UploadError
 from clever_zoo.files import SUMS_FILENAME, file_digest, folder_files, write_atomic, write_sums
-from clever_zoo.hub import LIBRARY, invalid_name, reason_of
+from clever_zoo.hub import LIBRARY_NAME, invalid_name, reason_of
 from clever_zoo.spec import CARD_FILENAME
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def upload_folder(
 def _api(token: str | bool | None) -> "HfApi":
     from huggingface_hub import HfApi
 
-    return HfApi(token=token, **LIBRARY)
+    return HfApi(token=token, library_name=LIBRARY_NAME, library_version=clever_zoo.__version__)
 
 
 @contextlib.contextmanager
