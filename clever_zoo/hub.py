@@ -230,7 +230,7 @@ def reason_of(error: BaseException) -> str:
     """What went wrong between us and the Hub, and what to do next."""
     from huggingface_hub.errors import RevisionNotFoundError
 
-    cause = error.__cause__ or error
+    cause = error if hasattr(error, "response") else error.__cause__ or error
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(cause, RevisionNotFoundError):
         advice = "it has no such branch, tag or commit; check the revision"

@@ -204,7 +204,7 @@ class StandIn:
         for wanted in objects:
             if wanted["oid"] not in self.objects:
                 wanted["actions"] = {
-                    "upload": {"href": f"{self.cdn}/{wanted['oid']}"},
+                    "upload": {"href": f"{self.cdn}/{match['repo']}/{wanted['oid']}"},
                     "verify": {"href": f"{self.url}/{match['repo']}.git/info/lfs/verify"},
                 }
         return json_answer({"transfer": "basic", "objects": objects})
@@ -251,12 +251,12 @@ class StandIn:
         large = {
             "X-Linked-ETag": f'"{etag(path, content)}"',
             "X-Linked-Size": str(len(content)),
-            "Location": f"{self.cdn}/{etag(path, content)}",
+            "Location": f"{self.cdn}/{found[0].name}/{etag(path, content)}",
         }
         return Answer(302, b"", headers | large)
 
     def _cdn(self, request: Request) -> Answer:
-        oid = request.path.removeprefix("/")
+        oid = request.path.rpartition("/")[2]
         if request.method == "PUT":
             if hashlib.sha256(request.body).hexdigest() != oid:
                 return Answer(400)

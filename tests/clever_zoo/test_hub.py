@@ -4,8 +4,11 @@ Three groups are named after open issues of fastembed on the same ground: 88 (an
 download), 615 (no network) and 642 (a damaged cache).
 """
 
+import hashlib
+import json
 import os
-import shutil
+import re
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +17,10 @@ import numpy as np
 import pytest
 
 from clever_zoo import registry
-from clever_zoo.files import write_sums
 from clever_zoo.onnx_encoder import OnnxEncoder
+from clever_zoo.onnx_graph import OnnxGraph
 from clever_zoo.registry import HubPin, model_info
+from clever_zoo.spec import WeightFile
 from tests.hub_server import (
     TOKEN,
     Fault,
@@ -31,17 +35,44 @@ from tests.onnx_models import pictures
 
 REPO = "org/model"
 CONFIG, SUMS, WEIGHTS, ONNX = "config.json", "SHA256SUMS", "model.safetensors", "onnx/model.onnx"
+CDN = f"GET /{REPO}/[0-9a-f]{{64}}"  # a large file, after its redirect
 NO_PAUSES = "import time; time.sleep = lambda seconds: None\n"
 CATCH = """
+import os
+from pathlib import Path
 import clever_zoo
 from clever_zoo.locate import locate_model, locate_onnx
+
 def attempt(*arguments, locate=locate_model, **options):
     try:
         print(locate(*arguments, **options)[1])
     except clever_zoo.CleverZooError as error:
         print(type(error).__name__, ' '.join(str(error).split()))
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+def alter(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4] ^= 4
+    path.write_bytes(content)
+
+def empty(path):
+    os.truncate(path, 0)
 """
 LOAD = CATCH + f"attempt({REPO!r})"
+
+
+def files_of(weights: bytes) -> Tree:
+    """A repository whose files fit together; nothing reads what its large files hold."""
+    spec = model_info("clever-resnet18").model_copy(update={"weights": WeightFile.of(weights)})
+    tree = {
+        CONFIG: json.dumps(spec.to_config()).encode(),
+        WEIGHTS: weights,
+        ONNX: weights[::-1],
+    }
+    lines = [f"{hashlib.sha256(tree[name]).hexdigest()}  {name}\n" for name in sorted(tree)]
+    return tree | {SUMS: "".join(lines).encode()}
 
 
 @pytest.fixture
@@ -50,20 +81,9 @@ def hub() -> Iterator[StandIn]:
         yield hub
 
 
-@pytest.fixture(scope="session")
-def model(onnx_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    """The files of a small model, as a repository holds them."""
-    import torch
-
-    import clever_zoo
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=8).save_pretrained(folder)
-    (folder / "onnx").mkdir()
-    shutil.copy(onnx_models / "vit.onnx", folder / ONNX)
-    write_sums(folder)
-    return read_tree(folder)
+@pytest.fixture(scope="module")
+def model() -> Tree:
+    return files_of(os.urandom(300_000))
 
 
 @pytest.fixture
@@ -72,15 +92,16 @@ def repo(hub: StandIn, model: Tree) -> Tree:
     return model
 
 
-def cached(home: Path, name: str) -> Path:
+def cached(home: Path, name: str, repo_id: str = REPO) -> Path:
     """The one cached file of that name, in whatever snapshot."""
-    (path,) = (home / "hub").glob(f"models--*/snapshots/*/{name}")
+    folder = home / "hub" / f"models--{repo_id.replace('/', '--')}"
+    (path,) = folder.glob(f"snapshots/*/{name}")
     return path
 
 
-def assert_whole(home: Path, model: Tree, *names: str) -> None:
+def assert_whole(home: Path, model: Tree, *names: str, repo_id: str = REPO) -> None:
     for name in names or (CONFIG, SUMS, WEIGHTS):
-        assert cached(home, name).read_bytes() == model[name], name
+        assert cached(home, name, repo_id).read_bytes() == model[name], name
     assert list((home / "hub").rglob("*.incomplete")) == []
 
 
@@ -133,125 +154,132 @@ def test_a_load_is_never_a_mix_of_two_commits(hub: StandIn, model: Tree, tmp_pat
     assert path.read_bytes() == model[WEIGHTS]
 
 
-def test_onnx_from_the_hub_runs_without_torch(hub: StandIn, repo: Tree, tmp_path: Path) -> None:
+def test_onnx_from_the_hub_runs_without_torch(
+    hub: StandIn, onnx_models: Path, tmp_path: Path
+) -> None:
+    graph = onnx_models / "vit.onnx"
+    config = OnnxGraph.open(graph).config
+    tree = {CONFIG: json.dumps(config).encode(), ONNX: graph.read_bytes()}
+    sums = [f"{hashlib.sha256(content).hexdigest()}  {name}" for name, content in tree.items()]
+    hub.add(REPO, tree | {SUMS: "\n".join(sums).encode()})
     code = f"""
 import sys, numpy as np
 from clever_zoo import OnnxEncoder
 from clever_zoo.runtimes import load_encoder
-encoder = load_encoder({REPO!r})
+encoder = load_encoder({REPO!r}, threads=1)
 assert type(encoder) is OnnxEncoder
 np.savez("embedding.npz", **encoder.embed({[str(p) for p in pictures()]})._asdict())
 assert not {{"torch", "timm"}} & set(sys.modules)
 """
     run_client(code, hub, tmp_path)
-    assert_whole(tmp_path, repo, CONFIG, SUMS, ONNX)
-    expected = OnnxEncoder.from_pretrained(cached(tmp_path, ONNX)).embed(pictures())
+    assert cached(tmp_path, ONNX).read_bytes() == tree[ONNX]
+    expected = OnnxEncoder.from_pretrained(graph, threads=1).embed(pictures())
     with np.load(tmp_path / "embedding.npz") as content:
         for name, half in expected._asdict().items():
             np.testing.assert_array_equal(content[name], half)
-    assert not hub.lines(WEIGHTS)
 
 
-@pytest.mark.parametrize("kind", ["cut", "reset", "stall", "corrupt", 500, 503, 429])
-@pytest.mark.parametrize("phase", ["HEAD", "GET"])
-def test_a_passing_fault_is_overcome_within_the_call(
-    hub: StandIn, repo: Tree, tmp_path: Path, kind: str | int, phase: str
+def test_passing_faults_are_overcome_within_the_call(
+    hub: StandIn, model: Tree, tmp_path: Path
 ) -> None:
-    if phase == "HEAD" and isinstance(kind, str):
-        pytest.skip("a HEAD has no body")
-    (oid,) = (o for o, content in hub.objects.items() if content == repo[WEIGHTS])
-    what = f"HEAD .*{WEIGHTS}" if phase == "HEAD" else f"GET /{oid}"
-    hub.faults.append(Fault(kind, what, headers={"Retry-After": "0"}))
-    path = run_client(NO_PAUSES + LOAD, hub, tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="2")
-    assert hub.faults[0].times == 0
-    assert Path(path) == cached(tmp_path, WEIGHTS)
-    assert_whole(tmp_path, repo)
-    resumed = [r for r in hub.requests if "range" in r.headers]
-    assert len(resumed) == (kind in ("cut", "stall"))
-    assert all(r.headers["range"] != "bytes=0-" for r in resumed)
+    faults = {
+        f"org/{phase}-{kind}": Fault(kind, pattern, headers={"Retry-After": "0"})
+        for phase, kinds, pattern in (
+            ("head", (429, 500, 503), "HEAD /{}/.*safetensors"),
+            ("get", ("cut", "reset", "corrupt", 429, 500, 503), "GET /{}/[0-9a-f]{{64}}"),
+        )
+        for kind in kinds
+    }
+    for repo_id, fault in faults.items():
+        hub.add(repo_id, model)
+        fault.pattern = fault.pattern.format(repo_id)
+        hub.faults.append(fault)
+    loads = "\n".join(f"attempt({repo_id!r})" for repo_id in faults)
+    said = run_client(NO_PAUSES + CATCH + loads, hub, tmp_path).splitlines()
+    for path, (repo_id, fault) in zip(said, faults.items(), strict=True):
+        assert fault.times == 0, repo_id
+        assert Path(path) == cached(tmp_path, WEIGHTS, repo_id)
+        assert_whole(tmp_path, model, repo_id=repo_id)
 
 
-@pytest.mark.parametrize(
-    ("status", "words"),
-    [
-        (401, "log in with `hf auth login`"),
-        (403, "this token may not do that"),
-        (404, "it does not exist, or"),
-        (429, "limits the number of requests"),
-        (500, "failed with status 500"),
-    ],
-)
-@pytest.mark.parametrize("phase", ["HEAD", "GET"])
+@pytest.mark.parametrize("kind", ["cut", "stall"])
+def test_a_large_transfer_goes_on_where_it_broke_off(
+    hub: StandIn, tmp_path: Path, kind: str
+) -> None:
+    large = files_of(os.urandom(24 << 20))  # the client writes down ten megabytes at a time
+    hub.add(REPO, large)
+    hub.faults.append(Fault(kind, CDN))
+    run_client(NO_PAUSES + LOAD, hub, tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="2")
+    assert_whole(tmp_path, large)
+    ranges = [r.headers.get("range") for r in hub.requests if re.search(CDN, r.line)]
+    assert ranges == [None, f"bytes={10 << 20}-"]
+
+
+LASTING = {
+    401: "log in with `hf auth login`",
+    403: "this token may not do that",
+    404: "it does not exist, or",
+    429: "limits the number of requests",
+    500: "failed with status 500",
+}
+
+
+@pytest.mark.parametrize("pattern", ["HEAD /{}/.*safetensors", "GET /{}/[0-9a-f]{{64}}"])
 def test_a_lasting_fault_is_one_error_that_says_what_to_do(
-    hub: StandIn, repo: Tree, tmp_path: Path, status: int, words: str, phase: str
+    hub: StandIn, model: Tree, tmp_path: Path, pattern: str
 ) -> None:
-    hub.faults.append(Fault(status, f"{phase} .*{WEIGHTS}", times=99))
-    hub.faults.append(Fault(status, "GET /[0-9a-f]{64}", times=99))
-    said = run_client(NO_PAUSES + LOAD, hub, tmp_path)
-    assert said.startswith(f"DownloadError {WEIGHTS} of {REPO} at ")
-    assert words in said
-    # Nothing half is left, and once the fault is over the same load succeeds.
+    repos = {f"org/model-{status}": (status, words) for status, words in LASTING.items()}
+    for repo_id, (status, _) in repos.items():
+        hub.add(repo_id, model)
+        hub.faults.append(Fault(status, pattern.format(repo_id), times=99))
+    loads = "\n".join(f"attempt({repo_id!r})" for repo_id in repos)
+    said = run_client(NO_PAUSES + CATCH + loads, hub, tmp_path).splitlines()
+    for line, (repo_id, (_, words)) in zip(said, repos.items(), strict=True):
+        assert line.startswith(f"DownloadError {WEIGHTS} of {repo_id} at ")
+        assert words in line
+    # Nothing half is left, and once the faults are over the same loads succeed.
     assert list((tmp_path / "hub").glob(f"models--*/snapshots/*/{WEIGHTS}")) == []
     hub.faults.clear()
-    run_client(LOAD, hub, tmp_path)
-    assert_whole(tmp_path, repo)
+    run_client(CATCH + loads, hub, tmp_path)
+    for repo_id in repos:
+        assert_whole(tmp_path, model, repo_id=repo_id)
 
 
 def test_a_cached_model_outlives_the_hub(hub: StandIn, repo: Tree, tmp_path: Path) -> None:
     path = run_client(LOAD, hub, tmp_path)
-    for status in (401, 429, 500):
-        hub.faults = [Fault(status, "HEAD", times=99)]
-        assert run_client(LOAD, hub, tmp_path) == path
+    hub.faults = [Fault(status, "HEAD") for status in (401, 429, 500)]
+    thrice = LOAD + f"\nattempt({REPO!r})" * 2
+    assert run_client(thrice, hub, tmp_path).splitlines() == [path] * 3
+    assert [fault.times for fault in hub.faults] == [0] * 3
     assert run_client(LOAD, hub, tmp_path, HF_ENDPOINT="http://127.0.0.1:9") == path
 
 
 def test_what_is_wrong_at_the_source_is_fetched_twice_and_refused(
     hub: StandIn, model: Tree, tmp_path: Path
 ) -> None:
-    flipped = bytearray(model[WEIGHTS])
-    flipped[-1000] ^= 1
-    hub.add(REPO, model | {WEIGHTS: bytes(flipped)})
+    hub.add(REPO, model | {WEIGHTS: model[ONNX]})
     said = run_client(LOAD, hub, tmp_path)
     assert said.startswith("IntegrityError")
     assert "it was fetched again and is no better" in said
-    assert len(hub.lines("GET /[0-9a-f]{64}")) == 2
+    assert len(hub.lines(CDN)) == 2
 
 
 # fastembed 642: a damaged cache is found, and fetched again once.
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def alter(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
 
 
 @pytest.mark.parametrize("name", [CONFIG, SUMS, WEIGHTS, ONNX])
 def test_642_a_damaged_cached_file_is_fetched_again_once(
     hub: StandIn, repo: Tree, tmp_path: Path, name: str
 ) -> None:
-    files = (CONFIG, SUMS, ONNX if name == ONNX else WEIGHTS)
-    locate = "locate_onnx" if name == ONNX else "locate_model"
-    code = CATCH + f"attempt({REPO!r}, locate={locate})"
-    run_client(code, hub, tmp_path)
-    for damage in (truncate, alter, empty):
-        damage(cached(tmp_path, name))
-        hub.requests.clear()
-        assert "Error" not in run_client(code, hub, tmp_path)
-        assert_whole(tmp_path, repo, *files)
-        assert len(hub.lines(f"GET /org/model/resolve/.*/{CONFIG}")) == 1
-        assert len(hub.lines("GET /[0-9a-f]{64}")) == 1
-    hub.requests.clear()
-    run_client(code, hub, tmp_path)
-    assert len(hub.lines("resolve")) == 1
+    locate, large = ("locate_onnx", ONNX) if name == ONNX else ("locate_model", WEIGHTS)
+    load = f"attempt({REPO!r}, locate={locate})\n"
+    run_client(CATCH + load, hub, tmp_path)
+    path = str(cached(tmp_path, name))
+    code = "".join(f"{how}(Path({path!r}))\n{load}" for how in ("truncate", "alter", "empty"))
+    assert "Error" not in run_client(CATCH + code + load, hub, tmp_path)
+    assert_whole(tmp_path, repo, CONFIG, SUMS, large)
+    assert len(hub.lines(CDN)) == 1 + 3
+    assert len(hub.lines(f"GET .*/{CONFIG}")) == 1 + 3
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
@@ -261,11 +289,14 @@ def test_642_without_a_list_of_digests_too(
     hub.add(REPO, {k: v for k, v in model.items() if k != SUMS})
     run_client(LOAD, hub, tmp_path)
     hub.requests.clear()
-    run_client(LOAD, hub, tmp_path)
-    assert len(hub.lines("resolve")) == 1  # that there is no list is remembered
-    truncate(cached(tmp_path, name))
-    run_client(LOAD, hub, tmp_path)
+    code = f"""
+attempt({REPO!r})
+truncate(Path({str(cached(tmp_path, name))!r}))
+attempt({REPO!r})
+"""
+    assert "Error" not in run_client(CATCH + code, hub, tmp_path)
     assert_whole(tmp_path, model, CONFIG, WEIGHTS)
+    assert len(hub.lines(SUMS)) == 1  # that there is none is remembered
 
 
 # fastembed 615: with local_files_only or HF_HUB_OFFLINE the cache serves, and nothing is asked.
@@ -288,7 +319,7 @@ def test_615_offline_the_cache_is_enough(
     found, no_graph = run_client(CATCH + code, hub, tmp_path, **variables).splitlines()
     assert found == path
     assert no_graph.startswith(f"DownloadError {ONNX} of {REPO}")
-    truncate(cached(tmp_path, WEIGHTS))
+    os.truncate(cached(tmp_path, WEIGHTS), 100_000)
     said = run_client(CATCH + code, hub, tmp_path, **variables).splitlines()[0]
     assert said.startswith("IntegrityError")
     assert said.endswith("so connect and load it once")
@@ -299,7 +330,7 @@ def test_615_offline_the_cache_is_enough(
 
 
 def test_88_a_killed_process_leaves_nothing_half(hub: StandIn, repo: Tree, tmp_path: Path) -> None:
-    fault = Fault("stall", "GET /[0-9a-f]{64}")
+    fault = Fault("stall", CDN)
     hub.faults.append(fault)
     with start_client(LOAD, hub, tmp_path) as process:
         assert fault.stalled.wait(60)
@@ -312,7 +343,7 @@ def test_88_a_killed_process_leaves_nothing_half(hub: StandIn, repo: Tree, tmp_p
 def test_88_a_second_process_does_not_wait_for_a_dead_one(
     hub: StandIn, repo: Tree, tmp_path: Path
 ) -> None:
-    fault = Fault("stall", "GET /[0-9a-f]{64}")
+    fault = Fault("stall", CDN)
     hub.faults.append(fault)
     with start_client(LOAD, hub, tmp_path) as dead:
         assert fault.stalled.wait(60)
@@ -340,42 +371,36 @@ def test_eight_processes_at_once_share_one_consistent_cache(
 # The cache directory itself.
 
 
-def test_a_full_cache_is_named_and_stays_intact(hub: StandIn, model: Tree, tmp_path: Path) -> None:
+def test_a_full_cache_is_named_and_stays_intact(hub: StandIn, repo: Tree, tmp_path: Path) -> None:
     """The system refuses to write more than the small files need."""
-    small = {CONFIG: model[CONFIG], SUMS: model[SUMS]}
-    hub.add(REPO, model)
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
     said = run_client(limit + LOAD, hub, tmp_path)
     assert said.startswith(f"DownloadError {WEIGHTS} of {REPO}")
     assert "free space or permit writing, or name another folder with HF_HOME" in said
-    assert_whole(tmp_path, small, CONFIG, SUMS)
+    assert_whole(tmp_path, repo, CONFIG, SUMS)
     run_client(LOAD, hub, tmp_path)
-    assert_whole(tmp_path, model)
+    assert_whole(tmp_path, repo)
 
 
-def test_a_read_only_cache_serves_and_is_named_where_it_cannot(
-    hub: StandIn, repo: Tree, tmp_path: Path
-) -> None:
-    drop_root = "import os\nif os.getuid() == 0: os.setgid(65534); os.setuid(65534)\n"
-    path = run_client(LOAD, hub, tmp_path)
-    folders = [tmp_path, *(p for p in tmp_path.rglob("*") if p.is_dir())]
-    for folder in folders:
-        folder.chmod(0o555)
-    try:
-        for parent in tmp_path.parents:
-            if not os.access(parent, os.X_OK, effective_ids=False) or not parent.stat().st_mode & 1:
-                pytest.skip(f"{parent} is closed to other users")
-        assert run_client(CATCH + drop_root + f"attempt({REPO!r})", hub, tmp_path) == path
-        said = run_client(
-            CATCH + drop_root + f"attempt({REPO!r}, locate=locate_onnx)", hub, tmp_path
-        )
-    finally:
+def test_a_read_only_cache_serves_and_is_named_where_it_cannot(hub: StandIn, repo: Tree) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        home = Path(temporary)
+        path = run_client(LOAD, hub, home)
+        folders = [home, *(folder for folder in home.rglob("*") if folder.is_dir())]
+        for folder in folders:
+            folder.chmod(0o555)
+        # Permissions do not hold root back; once it steps down, it may not import more.
+        load = f"attempt({REPO!r})\n"
+        drop = "if os.getuid() == 0: os.setuid(65534)\n"
+        code = CATCH + load + drop + load + f"attempt({REPO!r}, locate=locate_onnx)"
+        said = run_client(code, hub, home).splitlines()
         for folder in folders:
             folder.chmod(0o755)
-    assert said.startswith(f"DownloadError {ONNX} of {REPO}")
-    assert "could not be written to the Hub cache" in said
-    assert "HF_HOME or cache_dir" in said
-    assert_whole(tmp_path, repo)
+        assert said[:2] == [path] * 2
+        assert said[2].startswith(f"DownloadError {ONNX} of {REPO}")
+        assert "could not be written to the Hub cache" in said[2]
+        assert "HF_HOME or cache_dir" in said[2]
+        assert_whole(home, repo)
 
 
 def test_a_cache_without_symbolic_links(hub: StandIn, repo: Tree, tmp_path: Path) -> None:
@@ -391,10 +416,9 @@ os.symlink = refuse
     path = Path(run_client(refuse + LOAD, hub, home))
     assert not path.is_symlink()
     assert_whole(home, repo)
-    for damage in (truncate, alter):
-        damage(path)
-        assert run_client(refuse + LOAD, hub, home) == str(path)
-        assert_whole(home, repo)
+    code = f"truncate(Path({str(path)!r}))\nattempt({REPO!r})\n"
+    assert run_client(refuse + CATCH + code, hub, home) == str(path)
+    assert_whole(home, repo)
 
 
 # What is no model.
@@ -447,7 +471,7 @@ def test_tokens_reach_the_hub_and_nobody_else(hub: StandIn, model: Tree, tmp_pat
         assert_whole(tmp_path / home, model)
     assert {r.token for r in hub.requests if r.at == "cdn"} == {None}
     assert TOKEN in {r.token for r in hub.requests if r.at == "hub"}
-    agents = {r.headers["user-agent"] for r in hub.requests if r.at == "hub"}
+    agents = {r.headers["user-agent"] for r in hub.requests if "resolve" in r.path}
     assert all(agent.startswith("clever-zoo/") for agent in agents)
 
 
@@ -494,7 +518,7 @@ def test_a_released_name_is_packed_or_cached_or_at_the_pinned_commit(
     hub.requests.clear()
     assert run_client(pinned(REPO, commit) + NOT_PACKED + load, hub, tmp_path) == path
     assert hub.lines() == []
-    truncate(Path(path))
+    os.truncate(path, 1000)
     assert run_client(pinned(REPO, commit) + NOT_PACKED + load, hub, tmp_path) == path
     assert Path(path).read_bytes() == released[WEIGHTS]
     # The ONNX file is not packed: it comes from the same commit, if it is asked for.
