@@ -45,7 +45,8 @@ def json_answer(content: Any, status: int = 200) -> Answer:
 
 def refusal(status: int, code: str = "", message: str = "", **headers: str) -> Answer:
     named = {"X-Error-Code": code, "X-Error-Message": message or code}
-    return Answer(status, b"", {k: v for k, v in named.items() if v} | headers)
+    body = json.dumps({"error": message or code or str(status)}).encode()
+    return Answer(status, body, {k: v for k, v in named.items() if v} | headers)
 
 
 NO_REPO = refusal(404, "RepoNotFound", "Repository not found")

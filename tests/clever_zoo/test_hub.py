@@ -316,13 +316,12 @@ def test_615_offline_the_cache_is_enough(
     assert hub.lines() == []
     path = run_client(LOAD, hub, tmp_path)
     hub.requests.clear()
-    found, no_graph = run_client(CATCH + code, hub, tmp_path, **variables).splitlines()
-    assert found == path
-    assert no_graph.startswith(f"DownloadError {ONNX} of {REPO}")
-    os.truncate(cached(tmp_path, WEIGHTS), 100_000)
-    said = run_client(CATCH + code, hub, tmp_path, **variables).splitlines()[0]
-    assert said.startswith("IntegrityError")
-    assert said.endswith("so connect and load it once")
+    damage = f"\ntruncate(Path({str(cached(tmp_path, WEIGHTS))!r}))\n"
+    said = run_client(CATCH + code + damage + code, hub, tmp_path, **variables).splitlines()
+    assert said[0] == path
+    assert said[1].startswith(f"DownloadError {ONNX} of {REPO}")
+    assert said[2].startswith("IntegrityError")
+    assert said[2].endswith("so connect and load it once")
     assert hub.lines() == []
 
 
@@ -508,26 +507,23 @@ def test_a_released_name_is_packed_or_cached_or_at_the_pinned_commit(
     graph = (onnx_models / "resnet18.onnx").read_bytes()
     commit = hub.add(REPO, released | {ONNX: graph})
     hub.add(REPO, dict.fromkeys(released, b"of a later push"))
-    name = "clever-resnet18"
-    load = f"attempt({name!r})"
+    load = "attempt('clever-resnet18')\n"
     assert "model_cards" in run_client(pinned(REPO, commit) + load, hub, tmp_path)
     assert hub.lines() == []
-    path = run_client(pinned(REPO, commit) + NOT_PACKED + load, hub, tmp_path)
-    assert Path(path) == cached(tmp_path, WEIGHTS)
-    assert Path(path).read_bytes() == released[WEIGHTS]
-    hub.requests.clear()
-    assert run_client(pinned(REPO, commit) + NOT_PACKED + load, hub, tmp_path) == path
-    assert hub.lines() == []
-    os.truncate(path, 1000)
-    assert run_client(pinned(REPO, commit) + NOT_PACKED + load, hub, tmp_path) == path
-    assert Path(path).read_bytes() == released[WEIGHTS]
+    where = tmp_path / f"hub/models--org--model/snapshots/{commit}" / WEIGHTS
+    damage = f"truncate(Path({str(where)!r}))\n"
+    code = pinned(REPO, commit) + NOT_PACKED + load + load + damage + load
+    assert run_client(code, hub, tmp_path).splitlines() == [str(where)] * 3
+    assert where.read_bytes() == released[WEIGHTS]
+    assert len(hub.lines(CDN)) == len(hub.lines("HEAD")) == 2  # the first, and the repair
     # The ONNX file is not packed: it comes from the same commit, if it is asked for.
-    code = pinned(REPO, commit) + (
-        f"from clever_zoo.runtimes import choose_runtime\nprint(choose_runtime({name!r}, 'auto'))\n"
-        f"attempt({name!r}, locate=locate_onnx)\n"
-        f"print(clever_zoo.OnnxEncoder.from_pretrained({name!r}).spec.name)"
-    )
-    runtime, config, spec_name = run_client(code, hub, tmp_path).splitlines()
+    code = f"""
+from clever_zoo.runtimes import choose_runtime
+print(choose_runtime("clever-resnet18", "auto"))
+attempt("clever-resnet18", locate=locate_onnx)
+print(clever_zoo.OnnxEncoder.from_pretrained("clever-resnet18").spec.name)
+"""
+    runtime, config, spec_name = run_client(pinned(REPO, commit) + code, hub, tmp_path).splitlines()
     assert runtime == "torch"
     assert "model_cards" in config
     assert spec_name == "clever-resnet18.fmnist"

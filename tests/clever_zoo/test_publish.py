@@ -13,14 +13,13 @@ import pytest
 import clever_zoo
 from clever_zoo import publish
 from clever_zoo.errors import (
-    CleverZooError,
     DataError,
     IntegrityError,
     SourceError,
     UnknownModelError,
 )
 from clever_zoo.files import SUMS_FILENAME, read_sums, write_sums
-from clever_zoo.records import Record
+from clever_zoo.records import RESULTS_FILENAME, Record
 from clever_zoo.samples import sample_paths
 from tests.hub_server import (
     TOKEN,
@@ -157,9 +156,15 @@ def edited(name: str, edit: Callable[[bytes], bytes], *, listed: bool) -> Callab
 def other_weights(folder: Path) -> None:
     """A consistent encoder that is not the one the registry has under this name."""
     encoder = clever_zoo.from_pretrained(folder)
-    with_torch = next(encoder.backbone.parameters())
-    with_torch.data.mul_(2)
+    next(encoder.backbone.parameters()).data.mul_(2)
     encoder.save_pretrained(folder, dtype="float16")
+    write_sums(folder)
+
+
+def other_results(folder: Path) -> None:
+    record = Record.read(folder / RESULTS_FILENAME)
+    networks = [n.model_copy(update={"sha256": "0" * 64}) for n in record.networks]
+    record.model_copy(update={"networks": networks}).write(folder / RESULTS_FILENAME)
     write_sums(folder)
 
 
@@ -189,17 +194,7 @@ CHANGES = {
         IntegrityError,
         "is not the card",
     ),
-    "results of other weights": (
-        edited(
-            "results.json",
-            lambda b: b.replace(
-                b'"role": "model",\n', b'"role": "model",\n   "sha256": "' + b"0" * 64 + b'",\n'
-            ).replace(b'"sha256": null', b'"sha256": "' + b"0" * 64 + b'"', 1),
-            listed=True,
-        ),
-        CleverZooError,
-        "another network|no results record",
-    ),
+    "results of other weights": (other_results, IntegrityError, "is of another network"),
     "altered golden values": (
         edited("golden.json", lambda b: b.replace(b"1", b"2"), listed=False),
         IntegrityError,
@@ -274,36 +269,53 @@ def test_private_repositories_and_pull_requests(built: Path, hub: StandIn, tmp_p
     push = ("push", str(built), "--repo")
     command(hub, tmp_path, *push, "org/private", "--private")
     assert hub.repos["org/private"].private
-    command(hub, tmp_path, *push, "org/public", "--public")
-    assert not hub.repos["org/public"].private
-    main = dict(hub.repos["org/public"].refs)
+    before = {"main": hub.add("org/public", {"README.md": b"old"})}
     said = command(hub, tmp_path, *push, "org/public", "--private")
     assert "UploadError: org/public is public already" in said
-    assert hub.repos["org/public"].refs == main
-    hub.add("org/review", {"README.md": b"old"})
-    before = hub.repos["org/review"].refs["main"]
-    said = command(hub, tmp_path, *push, "org/review", "--pr")
-    assert f"{hub.url}/org/review/discussions/1" in said
+    assert hub.repos["org/public"].refs == before
+    said = command(hub, tmp_path, *push, "org/public", "--pr")
+    assert f"{hub.url}/org/public/discussions/1" in said
     assert "HubPin" not in said
-    assert hub.repos["org/review"].refs["main"] == before
-    assert "refs/pr/1" in hub.repos["org/review"].refs
+    review = hub.repos["org/public"].refs.pop("refs/pr/1")
+    assert hub.repos["org/public"].commits[review] == read_tree(built)
+    assert hub.repos["org/public"].refs == before
 
 
 def test_a_push_that_fails_leaves_the_repository_as_it_was(
     built: Path, hub: StandIn, tmp_path: Path
 ) -> None:
-    before = hub.add(REPO, {"README.md": b"old"})
-    push = ("push", str(built), "--repo")
-    assert "hf auth login" in command(hub, tmp_path, *push, REPO, token="hf_no")
-    for pattern in ("PUT /", "POST .*/commit/", "POST .*/lfs/objects/batch"):
-        hub.faults = [Fault(403, pattern, times=99)]
-        said = command(hub, tmp_path, *push, REPO)
-        assert f"UploadError: {REPO} was not changed" in said, pattern
-        assert hub.faults[0].times < 99
-    hub.faults = []
-    assert "no such branch" in command(hub, tmp_path, *push, REPO, "--revision", "next")
-    assert "SourceError" in command(hub, tmp_path, *push, "org/no good")
-    assert hub.repos[REPO].refs == {"main": before}
+    for name in ("token", "branch", "put", "batch", "commit"):
+        hub.add(f"org/{name}", {"README.md": b"old"})
+    before = {name: dict(repo.refs) for name, repo in hub.repos.items()}
+    code = f"""
+from clever_zoo import publish
+def attempt(repo_id, token={TOKEN!r}, **options):
+    try:
+        publish.push({str(built)!r}, repo_id, token=token, **options)
+    except publish.clever_zoo.CleverZooError as error:
+        print(type(error).__name__, ' '.join(str(error).split()))
+attempt("org/token", token="hf_no")
+attempt("org/branch", revision="next")
+attempt("org/no good")
+attempt("org/put")
+attempt("org/batch")
+attempt("org/commit")
+"""
+    hub.faults = [
+        Fault(403, "PUT /org/put/", times=99),
+        Fault(403, "POST /org/batch.git/info/lfs/objects/batch", times=99),
+        Fault(403, "POST /api/models/org/commit/commit/main", times=99),
+    ]
+    token, branch, name, *refused = run_client(code, hub, tmp_path).splitlines()
+    assert token.startswith("UploadError org/token was not changed")
+    assert "hf auth login" in token
+    assert "no such branch, tag or commit" in branch
+    assert name.startswith("SourceError")
+    for line in refused:
+        assert line.startswith("UploadError")
+        assert "was not changed: it does not exist, or this token may not do that" in line
+    assert {name: repo.refs for name, repo in hub.repos.items()} == before
+    assert all(fault.times < 99 for fault in hub.faults)
 
 
 def test_push_to_hub(hub: StandIn, tmp_path: Path) -> None:
