@@ -126,7 +126,7 @@ attempt("{REPO}.git", revision="v2")
     *paths, no_revision, no_name = run_client(CATCH + code, hub, tmp_path).splitlines()
     commits = [Path(path).parent.name for path in paths]
     assert commits == [hub.repos[REPO].refs["main"]] * 2 + [first] * 3
-    assert no_revision.startswith("DownloadError config.json of org/model at v2 could not")
+    assert no_revision.startswith("DownloadError config.json of 'org/model' at v2 could not")
     assert "no such branch, tag or commit" in no_revision
     assert no_name.startswith("SourceError")
 
@@ -239,7 +239,7 @@ def test_a_lasting_fault_is_one_error_that_says_what_to_do(
     loads = "\n".join(f"attempt({repo_id!r})" for repo_id in repos)
     said = run_client(NO_PAUSES + CATCH + loads, hub, tmp_path).splitlines()
     for line, (repo_id, (_, words)) in zip(said, repos.items(), strict=True):
-        assert line.startswith(f"DownloadError {WEIGHTS} of {repo_id} at ")
+        assert line.startswith(f"DownloadError {WEIGHTS} of {repo_id!r} at ")
         assert words in line
     # Nothing half is left, and once the faults are over the same loads succeed.
     assert list((tmp_path / "hub").glob(f"models--*/snapshots/*/{WEIGHTS}")) == []
@@ -313,7 +313,9 @@ def test_615_offline_the_cache_is_enough(
     )
     code = f"attempt({REPO!r}{argument})\nattempt({REPO!r}{argument}, locate=locate_onnx)"
     for said in run_client(CATCH + code, hub, tmp_path, **variables).splitlines():
-        assert said.startswith(f"DownloadError {CONFIG} of {REPO} at main is not in the Hub cache")
+        assert said.startswith(
+            f"DownloadError {CONFIG} of {REPO!r} at main is not in the Hub cache"
+        )
         assert "connect and load it once" in said
     assert hub.lines() == []
     path = run_client(LOAD, hub, tmp_path)
@@ -321,7 +323,7 @@ def test_615_offline_the_cache_is_enough(
     damage = f"\ntruncate(Path({str(cached(tmp_path, WEIGHTS))!r}))\n"
     said = run_client(CATCH + code + damage + code, hub, tmp_path, **variables).splitlines()
     assert said[0] == path
-    assert said[1].startswith(f"DownloadError {ONNX} of {REPO}")
+    assert said[1].startswith(f"DownloadError {ONNX} of {REPO!r}")
     assert said[2].startswith("IntegrityError")
     assert said[2].endswith("so connect and load it once")
     assert hub.lines() == []
@@ -376,7 +378,7 @@ def test_a_full_cache_is_named_and_stays_intact(hub: StandIn, repo: Tree, tmp_pa
     """The system refuses to write more than the small files need."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
     said = run_client(limit + LOAD, hub, tmp_path)
-    assert said.startswith(f"DownloadError {WEIGHTS} of {REPO}")
+    assert said.startswith(f"DownloadError {WEIGHTS} of {REPO!r}")
     assert "free space or permit writing, or name another folder with HF_HOME" in said
     assert_whole(tmp_path, repo, CONFIG, SUMS)
     run_client(LOAD, hub, tmp_path)
@@ -398,7 +400,7 @@ def test_a_read_only_cache_serves_and_is_named_where_it_cannot(hub: StandIn, rep
         for folder in folders:
             folder.chmod(0o755)
         assert said[:2] == [path] * 2
-        assert said[2].startswith(f"DownloadError {ONNX} of {REPO}")
+        assert said[2].startswith(f"DownloadError {ONNX} of {REPO!r}")
         assert "could not be written to the Hub cache" in said[2]
         assert "HF_HOME or cache_dir" in said[2]
         assert_whole(home, repo)
@@ -440,7 +442,7 @@ attempt("org/unlisted")
 attempt("org/absent")
 """
     said = run_client(CATCH + code, hub, tmp_path).splitlines()
-    assert said[0].startswith("DownloadError org/no-weights at ")
+    assert said[0].startswith("DownloadError 'org/no-weights' at ")
     assert "has no model.safetensors, so it is no complete model" in said[0]
     assert "has no config.json" in said[1]
     assert "has no onnx/model.onnx" in said[2]
