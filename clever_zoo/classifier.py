@@ -58,7 +58,7 @@ class Classifier(nn.Module, PushToHub):
     those of the last block alone (intended difference).
     """
 
-    loader = "clever_zoo.Classifier.from_pretrained"
+    _loader = "clever_zoo.Classifier.from_pretrained"
 
     def __init__(
         self, spec: ClassifierSpec, encoder: Encoder | None = None, *, freeze_encoder: bool = False

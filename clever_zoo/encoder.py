@@ -60,7 +60,7 @@ class Encoder(nn.Module, ImageEmbedder, PushToHub):
         backbone: The timm module.
     """
 
-    loader = "clever_zoo.from_pretrained"
+    _loader = "clever_zoo.from_pretrained"
 
     def __init__(self, spec: ModelSpec, backbone: nn.Module | None = None) -> None:
         super().__init__()

@@ -228,7 +228,7 @@ def _is_transient(error: Exception) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """What went wrong between us and the Hub, and what to do next."""
-    from huggingface_hub.errors import RevisionNotFoundError
+    from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 
     cause = error if hasattr(error, "response") else error.__cause__ or error
     status = getattr(getattr(cause, "response", None), "status_code", None)
@@ -243,8 +243,10 @@ def reason_of(error: BaseException) -> str:
         advice = "the Hub limits the number of requests; wait a while, or log in"
     elif status is not None:
         advice = f"the Hub failed with status {status}; try again later"
-    else:
+    elif isinstance(cause, HTTPError | OSError):
         advice = "check the connection, the proxy and HF_ENDPOINT"
+    else:
+        advice = "huggingface_hub refuses it"
     return f"{advice} ({' '.join(str(cause).split())})"
 
 

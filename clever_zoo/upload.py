@@ -180,13 +180,9 @@ def _is_same(path: Path, remote: "RepoFile") -> bool:
 
 
 class PushToHub(ABC):
-    """What `Encoder` and `Classifier` have in common with other models on the Hub.
+    """What `Encoder` and `Classifier` have in common with other models on the Hub."""
 
-    Attributes:
-        loader: Of the class, as it stands in the card.
-    """
-
-    loader: str
+    _loader: str  # how the card says it is loaded
 
     @abstractmethod
     def save_pretrained(
@@ -231,7 +227,7 @@ class PushToHub(ABC):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             self.save_pretrained(folder, dtype=dtype)
-            write_atomic(folder / CARD_FILENAME, _short_card(repo_id, self.loader).encode())
+            write_atomic(folder / CARD_FILENAME, _short_card(repo_id, self._loader).encode())
             write_sums(folder)
             done = upload_folder(
                 folder,

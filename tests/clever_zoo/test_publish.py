@@ -1,6 +1,8 @@
 """Publishing: the folder that goes up, what is refused, and the way to the Hub and back."""
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -8,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import clever_zoo
 from clever_zoo import publish
+from clever_zoo.cli import app
 from clever_zoo.errors import (
     DataError,
     IntegrityError,
@@ -287,6 +291,7 @@ def test_a_push_that_fails_leaves_the_repository_as_it_was(
     before = {name: dict(repo.refs) for name, repo in hub.repos.items()}
     code = f"""
 from clever_zoo import publish
+from clever_zoo.cli import app
 def attempt(repo_id, token={TOKEN!r}, **options):
     try:
         publish.push({str(built)!r}, repo_id, token=token, **options)
@@ -351,3 +356,17 @@ def test_the_pin_of_a_build_is_that_of_its_digests(built: Path) -> None:
     weights = clever_zoo.model_info(NAME).weights
     assert read_sums(built / SUMS_FILENAME)["model.safetensors"] == weights.sha256
     assert Record.read(built / "results.json").model == NAME
+
+
+def test_the_lines_for_the_maintainer_are_real_commands() -> None:
+    text = (CARDS.parent / "RELEASING.md").read_text()
+    lines = re.findall(r"^clever-zoo .*?(?=  |$)", text, re.MULTILINE)
+    assert len(lines) == 4
+    for line in lines:
+        words = shlex.split(line)[1:]
+        commands = words[: 2 if words[0] == "publish" else 1]
+        said = CliRunner().invoke(app, [*commands, "--help"], env={"COLUMNS": "200"})
+        assert said.exit_code == 0, line
+        for option in re.findall(r"--?[a-z][a-z-]*\b(?= |$)", " ".join(words[len(commands) :])):
+            assert f"{option} " in said.output, line
+    assert "HUB_PINS: dict[str, HubPin]" in text
