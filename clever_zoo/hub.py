@@ -3,7 +3,6 @@
 Proxies, tokens, HF_ENDPOINT, HF_HOME and the layout of the cache are huggingface_hub's own.
 """
 
-import json
 import logging
 import re
 import time
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import clever_zoo
-from clever_zoo.errors import DownloadError, IntegrityError, SourceError
+from clever_zoo.errors import DownloadError, IntegrityError, SourceError, SpecError
 from clever_zoo.files import SUMS_FILENAME, read_sums, verify_file, verify_listed
 from clever_zoo.sources import HubSource
-from clever_zoo.spec import WeightFile
+from clever_zoo.spec import WeightFile, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -210,9 +209,9 @@ class HubRepo:
 
 def _check_json(path: Path) -> None:
     try:
-        json.loads(path.read_bytes())
-    except ValueError as error:
-        raise IntegrityError(f"{path} is not valid JSON: {error}") from error
+        read_json(path)
+    except SpecError as error:
+        raise IntegrityError(str(error)) from error
 
 
 def _is_transient(error: Exception) -> bool:
