@@ -27,7 +27,7 @@ class DownloadError(CleverZooError, OSError):
 
 
 class UploadError(CleverZooError, OSError):
-    """A model could not be sent to the Hub; nothing of it is visible there."""
+    """A model could not be sent to the Hub; the files there are as they were."""
 
 
 class IntegrityError(CleverZooError, OSError):

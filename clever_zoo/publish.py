@@ -94,7 +94,7 @@ def push(
         DataError: If a file is missing or one too many.
         SpecError, IntegrityError: If a digest, the card, the record or the registry does not fit.
         SourceError: If the repository's name is not valid.
-        UploadError: If it fails; nothing has changed there.
+        UploadError: If it fails; the files there are as they were.
     """
     spec = check_built(folder)
     return upload_folder(

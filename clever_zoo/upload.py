@@ -97,7 +97,7 @@ def upload_folder(
 
     Raises:
         SourceError: If the name is not valid.
-        UploadError: If it fails; nothing has changed there.
+        UploadError: If it fails; the files there are as they were.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -222,7 +222,7 @@ class PushToHub(ABC):
         Raises:
             NonFiniteError: If a value does not fit the storage type.
             SourceError: If the repository's name is not valid.
-            UploadError: If it fails; nothing has changed there.
+            UploadError: If it fails; the files there are as they were.
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
