@@ -20,7 +20,6 @@ from clever_zoo.errors import (
     IntegrityError,
     NonFiniteError,
     ShapeError,
-    WeightsMismatchError,
 )
 from clever_zoo.files import write_atomic
 from clever_zoo.locate import locate_model
@@ -33,6 +32,7 @@ from clever_zoo.preprocess import (
     pixel_batches,
 )
 from clever_zoo.spec import CONFIG_FILENAME, ModelSpec, PreprocessSpec, WeightFile
+from clever_zoo.weights import ExpectedTensor, check_weights
 
 try:
     import torch
@@ -360,18 +360,19 @@ def read_weights(module: nn.Module, path: Path) -> None:
 
     Raises:
         IntegrityError: If it is no safetensors file.
-        WeightsMismatchError: Listing missing, unexpected and misshapen tensors.
+        WeightsMismatchError: Listing missing, unexpected, misshapen and mistyped tensors.
     """
+    check_weights(path, {key: _expected(value) for key, value in module.state_dict().items()})
     try:
-        stored = load_file(path)
+        module.load_state_dict(load_file(path))
     except SafetensorError as error:
         raise IntegrityError(f"{path} is no safetensors file: {error}") from error
-    _check_tensors(
-        {k: tuple(v.shape) for k, v in module.state_dict().items()},
-        {k: tuple(v.shape) for k, v in stored.items()},
-        path,
-    )
-    module.load_state_dict(stored)
+
+
+def _expected(tensor: Tensor) -> ExpectedTensor:
+    # A float may be stored in any type that float32 holds exactly; other tensors are counters.
+    dtypes = ("F32", "F16", "BF16") if tensor.is_floating_point() else ("I64",)
+    return ExpectedTensor(dtypes, tuple(tensor.shape))
 
 
 def _norm_keys(backbone: nn.Module) -> set[str]:
@@ -382,20 +383,3 @@ def _norm_keys(backbone: nn.Module) -> set[str]:
         if isinstance(module, norms)
         for key in module.state_dict()
     }
-
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-def _check_tensors(expected: Shapes, stored: Shapes, path: Path) -> None:
-    problems = [f"missing: {key}" for key in sorted(expected.keys() - stored.keys())]
-    problems += [f"unexpected: {key}" for key in sorted(stored.keys() - expected.keys())]
-    problems += [
-        f"wrong shape: {key} is {stored[key]}, expected {expected[key]}"
-        for key in sorted(expected.keys() & stored.keys())
-        if stored[key] != expected[key]
-    ]
-    if problems:
-        shown = "".join(f"\n  - {line}" for line in problems[:10])
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise WeightsMismatchError(f"{path} does not fit its spec's backbone:{shown}{more}")
