@@ -32,7 +32,7 @@ from clever_zoo.preprocess import (
     pixel_batches,
 )
 from clever_zoo.spec import CONFIG_FILENAME, ModelSpec, PreprocessSpec, WeightFile
-from clever_zoo.weights import ExpectedTensor, check_weights
+from clever_zoo.weights import ExpectedTensor, check_tensors, read_header
 
 try:
     import torch
@@ -362,17 +362,21 @@ def read_weights(module: nn.Module, path: Path) -> None:
         IntegrityError: If it is no safetensors file.
         WeightsMismatchError: Listing missing, unexpected, misshapen and mistyped tensors.
     """
-    check_weights(path, {key: _expected(value) for key, value in module.state_dict().items()})
+    check_tensors(read_header(path), expected_tensors(module), str(path))
     try:
         module.load_state_dict(load_file(path))
     except SafetensorError as error:
         raise IntegrityError(f"{path} is no safetensors file: {error}") from error
 
 
-def _expected(tensor: Tensor) -> ExpectedTensor:
-    # A float may be stored in any type that float32 holds exactly; other tensors are counters.
-    dtypes = ("F32", "F16", "BF16") if tensor.is_floating_point() else ("I64",)
-    return ExpectedTensor(dtypes, tuple(tensor.shape))
+def expected_tensors(module: nn.Module) -> dict[str, ExpectedTensor]:
+    """What a file must hold to fill a module: floats in any type that float32 holds exactly."""
+    return {
+        key: ExpectedTensor(
+            ("F32", "F16", "BF16") if value.is_floating_point() else ("I64",), tuple(value.shape)
+        )
+        for key, value in module.state_dict().items()
+    }
 
 
 def _norm_keys(backbone: nn.Module) -> set[str]:

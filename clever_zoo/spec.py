@@ -24,7 +24,7 @@ SCHEMA_VERSION = 1
 CONFIG_FILENAME = "config.json"
 CLASSIFIER_KEY = "clever_classifier"
 WEIGHTS_FILENAME = "model.safetensors"
-MAX_CONFIG_BYTES = 1 << 20
+MAX_JSON_BYTES = 1 << 20
 MAX_INPUT_SIZE_PX = 4096
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -329,7 +329,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)
+            content = file.read(MAX_JSON_BYTES + 1)
     except FileNotFoundError as error:
         raise SpecError(f"{path} does not exist; a model folder holds {path.name}") from error
     except OSError as error:
@@ -343,9 +343,9 @@ def parse_json(content: str | bytes, source: str) -> Any:
     Raises:
         SpecError: If it is larger than 1 MiB, or no JSON.
     """
-    if len(content) > MAX_CONFIG_BYTES:
+    if len(content) > MAX_JSON_BYTES:
         raise SpecError(
-            f"{source} is larger than {MAX_CONFIG_BYTES} bytes, the most that is read; "
+            f"{source} is larger than {MAX_JSON_BYTES} bytes, the most that is read; "
             "a model's description is a few thousand"
         )
     try:

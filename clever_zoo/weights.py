@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 
 from clever_zoo.errors import IntegrityError, SpecError, WeightsMismatchError
-from clever_zoo.spec import parse_json, problem_lines
+from clever_zoo.spec import MAX_JSON_BYTES, parse_json, problem_lines
 
-MAX_HEADER_BYTES = 1 << 20
 _LENGTH_BYTES = 8
 _MAX_LINES = 10
 # Bytes of a value by safetensors' names of the types.
@@ -47,14 +46,15 @@ class _Entry(BaseModel):
 _ENTRIES = TypeAdapter(dict[str, _Entry])
 
 
-def check_weights(path: Path, expected: Mapping[str, ExpectedTensor]) -> None:
-    """Compare what a safetensors file says it holds with what it must hold.
+def check_tensors(
+    stored: Mapping[str, StoredTensor], expected: Mapping[str, ExpectedTensor], source: str
+) -> None:
+    """Compare the tensors that a file holds with those that it must hold.
 
     Raises:
-        IntegrityError: If it is no safetensors file; see `read_header`.
-        WeightsMismatchError: Listing missing, unexpected, misshapen and mistyped tensors.
+        WeightsMismatchError: Naming `source`, and listing missing, unexpected, misshapen and
+            mistyped tensors.
     """
-    stored = read_header(path)
     problems = [f"missing: {key}" for key in sorted(expected.keys() - stored.keys())]
     problems += [f"unexpected: {key}" for key in sorted(stored.keys() - expected.keys())]
     for key in sorted(expected.keys() & stored.keys()):
@@ -67,7 +67,7 @@ def check_weights(path: Path, expected: Mapping[str, ExpectedTensor]) -> None:
         shown = "".join(f"\n  - {line}" for line in problems[:_MAX_LINES])
         rest = len(problems) - _MAX_LINES
         more = f"\n  and {rest} more" if rest > 0 else ""
-        raise WeightsMismatchError(f"{path} does not fit its spec's backbone:{shown}{more}")
+        raise WeightsMismatchError(f"{source} does not fit its backbone:{shown}{more}")
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -80,7 +80,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        limit = min(MAX_HEADER_BYTES, size - _LENGTH_BYTES)
+        limit = max(0, min(MAX_JSON_BYTES, size - _LENGTH_BYTES))
         if length > limit:
             raise _damaged(path, f"its header would have {length} bytes, at most {limit} can be")
         entries = _entries(file.read(length), path)
