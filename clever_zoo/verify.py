@@ -1,5 +1,6 @@
 """Check a model folder against everything that is recorded of it: one verdict per check."""
 
+import functools
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +13,14 @@ from clever_zoo.golden import GOLDEN_FILENAME, compare_golden
 from clever_zoo.locate import ONNX_FILENAME, released_folder
 from clever_zoo.registry import RELEASED, model_info
 from clever_zoo.sources import HubSource, LocalSource, parse_source
-from clever_zoo.spec import CLASSIFIER_KEY, CONFIG_FILENAME, ClassifierSpec, ModelSpec, read_json
+from clever_zoo.spec import (
+    CLASSIFIER_KEY,
+    CONFIG_FILENAME,
+    ClassifierSpec,
+    ModelSpec,
+    WeightFile,
+    read_json,
+)
 
 SUMS_FILENAME = "SHA256SUMS"
 # A digest and a path below the folder, as `sha256sum` writes them.
@@ -54,7 +62,7 @@ def verify_model(source: str | Path) -> list[Check]:
     return [
         Check("ok", CONFIG_FILENAME, f"describes {spec.name}"),
         _check_registry(spec, folder),
-        _attempt("weights", lambda: _verified_weights(spec, folder)),
+        _attempt("weights", functools.partial(_verified_weights, spec, folder)),
         *_check_sums(folder),
         *_check_values(spec, folder, is_classifier),
     ]
@@ -102,11 +110,16 @@ def _released(name: str) -> ModelSpec | None:
     return next((spec for spec in RELEASED if spec.name == name), None)
 
 
-def _verified_weights(spec: ModelSpec, folder: Path) -> str:
+def _recorded_weights(spec: ModelSpec) -> WeightFile:
     if spec.weights is None:
         raise SpecError(f"{CONFIG_FILENAME} records no weights file")
-    verify_file(folder / spec.weights.filename, spec.weights)
-    return f"{spec.weights.size_bytes} bytes, sha256 {spec.weights.sha256}"
+    return spec.weights
+
+
+def _verified_weights(spec: ModelSpec, folder: Path) -> str:
+    weights = _recorded_weights(spec)
+    verify_file(folder / weights.filename, weights)
+    return f"{weights.size_bytes} bytes, sha256 {weights.sha256}"
 
 
 def _check_sums(folder: Path) -> Iterator[Check]:
@@ -121,7 +134,8 @@ def _check_sums(folder: Path) -> Iterator[Check]:
             yield Check("FAILED", SUMS_FILENAME, problem)
             continue
         digest, name = found.groups()
-        yield _attempt(f"digest of {name}", lambda d=digest, n=name: _verified_sum(folder / n, d))  # type: ignore[misc]
+        check = functools.partial(_verified_sum, folder / name, digest)
+        yield _attempt(f"digest of {name}", check)
 
 
 def _verified_sum(path: Path, expected: str) -> str:
@@ -132,15 +146,16 @@ def _verified_sum(path: Path, expected: str) -> str:
 
 
 def _check_values(spec: ModelSpec, folder: Path, is_classifier: bool) -> Iterator[Check]:
-    if is_classifier or not (folder / GOLDEN_FILENAME).is_file():
-        reason = (
-            "a classifier has none" if is_classifier else f"the folder has no {GOLDEN_FILENAME}"
-        )
-        yield Check("skipped", "values", reason)
+    if is_classifier:
+        yield Check("skipped", "values", "none are recorded of a classifier")
         return
-    yield _in_runtime("torch", lambda: _torch_values(spec, folder))
+    if not (folder / GOLDEN_FILENAME).is_file():
+        verdict: Verdict = "FAILED" if _released(spec.name) else "skipped"
+        yield Check(verdict, "values", f"the folder has no {GOLDEN_FILENAME}")
+        return
+    yield _in_runtime("torch", functools.partial(_torch_values, spec, folder))
     if (folder / ONNX_FILENAME).is_file():
-        yield _in_runtime("onnxruntime", lambda: _onnx_values(folder))
+        yield _in_runtime("onnxruntime", functools.partial(_onnx_values, folder))
 
 
 def _in_runtime(package: str, check: Callable[[], str]) -> Check:
@@ -153,9 +168,7 @@ def _in_runtime(package: str, check: Callable[[], str]) -> Check:
 def _torch_values(spec: ModelSpec, folder: Path) -> str:
     from clever_zoo.encoder import Encoder
 
-    if spec.weights is None:
-        raise SpecError(f"{CONFIG_FILENAME} records no weights file")
-    encoder = Encoder.load(spec, folder / spec.weights.filename)
+    encoder = Encoder.load(spec, folder / _recorded_weights(spec).filename)
     return _difference(compare_golden(encoder, folder / GOLDEN_FILENAME))
 
 
