@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clever_zoo.backbones import BACKBONES
-from clever_zoo.convert_backbones import FoundBackbone, State, recognise, rename
-from clever_zoo.convert_reading import Checkpoint, Heads, Network, read_checkpoint
+from clever_zoo.convert_backbones import State, recognise, rename
+from clever_zoo.convert_reading import Checkpoint, Network, read_checkpoint
 from clever_zoo.encoder import Encoder, StorageType, expected_tensors
 from clever_zoo.errors import BackendMissingError, CheckpointError
 from clever_zoo.files import write_atomic
@@ -34,16 +34,20 @@ class Conversion(NamedTuple):
     """What a checkpoint was, and what became of it.
 
     Attributes:
-        checkpoint: What was read.
-        found: The backbone in it.
+        kind: What wrote it, in words.
+        network: Which of the two networks of a pre-training run was taken, else None.
+        epoch: The epoch it records, else None.
+        title: The backbone's usual name, such as "ViT-Small/16".
         spec: Of the written model.
         dropped: How many tensors of each head are not in the model.
         heads: The file that they were written to, None if they were not.
         notes: What else to know.
     """
 
-    checkpoint: Checkpoint
-    found: FoundBackbone
+    kind: str
+    network: Network | None
+    epoch: int | None
+    title: str
     spec: ModelSpec
     dropped: dict[str, int]
     heads: Path | None
@@ -51,14 +55,13 @@ class Conversion(NamedTuple):
 
     def lines(self) -> list[str]:
         """What to tell a user, one fact per line."""
-        spec, source = self.spec, self.checkpoint
-        facts = [source.kind, source.network or ""]
-        facts.append("" if source.epoch is None else f"epoch {source.epoch}")
-        arguments = f" {dict(self.found.model_args)}" if self.found.model_args else ""
+        spec = self.spec
+        epoch = "" if self.epoch is None else f"epoch {self.epoch}"
+        arguments = f" {spec.model_args}" if spec.model_args else ""
         halves = f"{spec.invariant_dim} invariant, {spec.equivariant_dim} equivariant"
         lines = [
-            f"found: {', '.join(filter(None, facts))}",
-            f"backbone: {self.found.title}, here {spec.backbone}{arguments}",
+            f"found: {', '.join(filter(None, (self.kind, self.network, epoch)))}",
+            f"backbone: {self.title}, here {spec.backbone}{arguments}",
             f"features: {spec.feature_dim}, {halves}",
         ]
         if self.dropped:
@@ -111,44 +114,46 @@ def convert_checkpoint(
     found = recognise(state, str(path))
     if backbone not in (None, found.backbone):
         raise CheckpointError(f"{path} holds {found.title}, not {backbone!r}")
+    width = BACKBONES[found.backbone].feature_dim
+    split = _choose_split(_trained_split(content, width, path), invariant_dim, path)
+    size_px = found.model_args.get("img_size", 224) if input_size_px is None else input_size_px
     encoder = Encoder(
         ModelSpec.create(
             str(path),
             name=folder.resolve().name if name is None else name,
             backbone=found.backbone,
-            invariant_dim=_invariant_dim(content, found, invariant_dim, path),
-            preprocess={
-                "input_size_px": input_size_px or found.model_args.get("img_size", 224),
-                "crop_pct": crop_pct,
-            },
+            invariant_dim=width if split is None else split,
+            preprocess={"input_size_px": size_px, "crop_pct": crop_pct},
             model_args=dict(found.model_args),
         )
     )
     notes = [found.note] if found.note else []
+    if split is None:
+        notes.append(
+            "the file tells of no split, so the equivariant half is empty; if CLeVER trained it, "
+            f"give the invariant_dim, {int(0.8 * width)} by default"
+        )
     if absent := _fill(encoder, state, path):
         notes.append(f"{absent} counters of batches are not in the file and set to 0")
     heads = None
     if keep_heads and content.heads:
         heads = folder / HEADS_FILENAME
         write_atomic(heads, _packed_heads(content))
-    spec = encoder.save_pretrained(folder, dtype=dtype)
-    dropped = {name: len(tensors) for name, tensors in content.heads.items()}
-    return Conversion(content, found, spec, dropped, heads, tuple(notes))
+    return Conversion(
+        kind=content.kind,
+        network=content.network,
+        epoch=content.epoch,
+        title=found.title,
+        spec=encoder.save_pretrained(folder, dtype=dtype),
+        dropped={head: len(tensors) for head, tensors in content.heads.items()},
+        heads=heads,
+        notes=tuple(notes),
+    )
 
 
-def _invariant_dim(content: Checkpoint, found: FoundBackbone, asked: int | None, path: Path) -> int:
-    """Where the features were cut in training, else where they are asked to be."""
-    width = BACKBONES[found.backbone].feature_dim
-    trained = _trained_split(content.heads, width, path)
+def _choose_split(trained: int | None, asked: int | None, path: Path) -> int | None:
     if trained is None:
-        return width if asked is None else asked
-    ratio = content.arguments.get("hp1")
-    # CLeVER rounds down; DDCL rounds to the nearest, but keeps no arguments.
-    if isinstance(ratio, int | float) and not trained <= ratio * width < trained + 1:
-        raise CheckpointError(
-            f"{path} contradicts itself: its arguments say hp1 = {ratio}, but the invariant head "
-            f"reads {trained} of {width} features"
-        )
+        return asked
     if asked not in (None, trained):
         raise CheckpointError(
             f"{path} was trained with an invariant_dim of {trained}, not {asked}; leave it out"
@@ -156,19 +161,26 @@ def _invariant_dim(content: Checkpoint, found: FoundBackbone, asked: int | None,
     return trained
 
 
-def _trained_split(heads: Heads, width: int, path: Path) -> int | None:
-    """Where two heads cut the features of a width; None without two heads."""
+def _trained_split(content: Checkpoint, width: int, path: Path) -> int | None:
+    """Where the features of a width were cut in training; None without two heads."""
     for first, second, layer in _PAIRS:
-        if second not in heads:
+        if second not in content.heads:
             continue
         try:
-            cut, rest = (heads[name][layer].shape[1] for name in (first, second))
-        except (KeyError, IndexError) as error:
+            cut, rest = (content.heads[head][layer].shape[1] for head in (first, second))
+        except LookupError as error:
             raise CheckpointError(f"{path}: its heads have no {error}") from error
         if cut + rest != width:
             raise CheckpointError(
                 f"{path} contradicts itself: its heads read {cut} and {rest} features, its "
                 f"backbone has {width}"
+            )
+        # CLeVER rounds down; DDCL rounds to the nearest, but keeps no arguments.
+        ratio = content.arguments.get("hp1")
+        if isinstance(ratio, int | float) and not cut <= ratio * width < cut + 1:
+            raise CheckpointError(
+                f"{path} contradicts itself: its arguments say hp1 = {ratio}, but the invariant "
+                f"head reads {cut} of {width} features"
             )
         return cut
     return None

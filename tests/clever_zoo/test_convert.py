@@ -135,9 +135,8 @@ def test_a_clever_run_gives_teacher_or_student_and_its_split(
     run = pretraining_run(resnet, 409, 103, teacher_is_ddp=teacher_is_ddp, arch="resnet18")
     path = saved(run, tmp_path)
     done = convert_checkpoint(path, tmp_path / "teacher")
-    assert (done.checkpoint.kind, done.checkpoint.network) == ("CLeVER pre-training run", "teacher")
-    assert done.checkpoint.epoch == 200
-    assert done.checkpoint.arguments["arch"] == "resnet18"
+    assert (done.kind, done.network) == ("CLeVER pre-training run", "teacher")
+    assert done.epoch == 200
     assert done.dropped == {"head": 8, "head2": 8}
     assert (done.spec.name, done.spec.invariant_dim, done.spec.equivariant_dim) == (
         "teacher", 409, 103,
@@ -169,7 +168,7 @@ def test_a_dino_run_has_no_split_whatever_its_arguments(vit: State, tmp_path: Pa
     assert run["args"].hp1 == 0.8
     path = saved(run, tmp_path)
     done = convert_checkpoint(path, tmp_path / "whole")
-    assert done.checkpoint.kind == "DINO pre-training run"
+    assert done.kind == "DINO pre-training run"
     assert (done.spec.invariant_dim, done.spec.equivariant_dim) == (192, 0)
     assert_same(tmp_path / "whole", vit)
     cut = convert_checkpoint(path, tmp_path / "cut", invariant_dim=153)
@@ -182,8 +181,8 @@ def test_a_dino_run_has_no_split_whatever_its_arguments(vit: State, tmp_path: Pa
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
 def test_a_backbone_alone_under_any_prefix(vit: State, tmp_path: Path, prefix: str) -> None:
     done = convert_checkpoint(saved(prefixed(prefix, vit), tmp_path), tmp_path / "model")
-    assert done.checkpoint.kind == "backbone alone"
-    assert done.checkpoint.network is None
+    assert done.kind == "backbone alone"
+    assert done.network is None
     assert not done.dropped
     assert_same(tmp_path / "model", vit)
 
@@ -216,7 +215,7 @@ def test_patches_and_positions_of_a_vit(
     done = convert_checkpoint(saved(state, tmp_path), tmp_path / "model")
     assert done.spec.model_args == model_args
     assert done.spec.preprocess.input_size_px == size
-    assert done.found.title == f"ViT-Tiny/{patch}"
+    assert done.title == f"ViT-Tiny/{patch}"
     assert_same(tmp_path / "model", state)
     if size == 32:
         assert_every_door_agrees(tmp_path / "model")
@@ -250,7 +249,7 @@ def test_torchvision_and_timm_classifiers(
 ) -> None:
     model = make().eval()
     done = convert_checkpoint(saved(model.state_dict(), tmp_path), tmp_path / "model")
-    assert done.checkpoint.kind == "classifier"
+    assert done.kind == "classifier"
     assert done.spec.backbone == name
     assert done.spec.equivariant_dim == 0
     assert sum(done.dropped.values()) == 2
@@ -264,7 +263,7 @@ def test_torchvision_and_timm_classifiers(
 def test_files_from_before_batches_were_counted(resnet: State, tmp_path: Path) -> None:
     old = {key: value for key, value in resnet.items() if not key.endswith("num_batches_tracked")}
     done = convert_checkpoint(saved(old, tmp_path), tmp_path / "model")
-    assert "20 counters" in done.notes[0]
+    assert "20 counters" in done.notes[-1]
     del old["bn1.weight"]
     with pytest.raises(WeightsMismatchError, match=r"missing: bn1\.weight"):
         convert_checkpoint(saved(old, tmp_path), tmp_path / "model2")
@@ -291,8 +290,8 @@ def test_ddcl_runs_round_their_split(resnet: State, tmp_path: Path) -> None:
     run = {"epoch": 500, "arch": "resnet18", "state_dict": state, "optimizer": {}}
     path = saved(run, tmp_path, "checkpoint_0499.pth.tar")
     done = convert_checkpoint(path, tmp_path / "model", keep_heads=True)
-    assert done.checkpoint.kind == "DDCL pre-training run"
-    assert done.checkpoint.epoch == 500
+    assert done.kind == "DDCL pre-training run"
+    assert done.epoch == 500
     assert (done.spec.invariant_dim, done.spec.equivariant_dim) == (410, 102)
     assert_same(tmp_path / "model", resnet)
     heads = load_file(tmp_path / "model/heads.safetensors")
@@ -306,7 +305,7 @@ def test_simsiam_baselines_have_their_projector_at_fc(resnet: State, tmp_path: P
     state |= prefixed("module.predictor.", linear_stack((32, 8, 32), 1))
     path = saved({"epoch": 100, "arch": "resnet18", "state_dict": state}, tmp_path)
     done = convert_checkpoint(path, tmp_path / "model", keep_heads=True)
-    assert done.checkpoint.kind == "SimSiam pre-training run"
+    assert done.kind == "SimSiam pre-training run"
     assert done.spec.equivariant_dim == 0
     assert_same(tmp_path / "model", resnet)
     heads = load_file(tmp_path / "model/heads.safetensors")
@@ -328,7 +327,7 @@ def test_linear_classifiers_have_no_backbone_but_fine_tuned_ones_do(
         convert_checkpoint(saved(linear, tmp_path), tmp_path / "model")
     tuned = saved(linear | {"state_dict_model": resnet}, tmp_path)
     done = convert_checkpoint(tuned, tmp_path / "model", invariant_dim=409)
-    assert done.checkpoint.kind == "CLeVER fine-tuning run"
+    assert done.kind == "CLeVER fine-tuning run"
     assert done.dropped == {"linear": 2}
     assert_same(tmp_path / "model", resnet)
 
@@ -425,7 +424,7 @@ def test_harmless_objects_of_other_libraries_are_passed_over(
     path = saved(content, tmp_path)
     monkeypatch.undo()
     done = convert_checkpoint(path, tmp_path / "model")
-    assert (done.checkpoint.kind, done.checkpoint.epoch) == ("training run", 264)
+    assert (done.kind, done.epoch) == ("training run", 264)
     assert_same(tmp_path / "model", resnet)
 
 
