@@ -24,6 +24,7 @@ from clever_zoo.files import write_atomic
 from clever_zoo.locate import describes_classifier, locate_classifier
 from clever_zoo.preprocess import ImageInput, normalize_pixels, pixel_batches
 from clever_zoo.spec import CLASSIFIER_KEY, CONFIG_FILENAME, ClassifierSpec, WeightFile
+from clever_zoo.upload import PushToHub
 
 try:
     import torch
@@ -37,7 +38,7 @@ NAME_SUFFIX = "-classifier"
 HEAD_STD = 0.01
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Module, PushToHub):
     """Pixels to logits; made by `create_classifier` or `Classifier.from_pretrained`.
 
     Args:
@@ -56,6 +57,8 @@ class Classifier(nn.Module):
     classifiers read the [CLS] tokens of four blocks; this one reads the encoder's own features,
     those of the last block alone (intended difference).
     """
+
+    loader = "clever_zoo.Classifier.from_pretrained"
 
     def __init__(
         self, spec: ClassifierSpec, encoder: Encoder | None = None, *, freeze_encoder: bool = False

@@ -1,4 +1,4 @@
-"""The command line: ``clever-zoo list | info | embed | export | serve | convert | verify ...``."""
+"""The command line, ``clever-zoo``: thin over the library, errors as one message."""
 
 import functools
 import json
@@ -33,6 +33,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+publish = typer.Typer(
+    help="Model repositories for the Hugging Face Hub: build a folder offline, then push it.",
+    no_args_is_help=True,
+)
+app.add_typer(publish, name="publish")
 _out, _err = Console(), Console(stderr=True)
 
 ModelArgument = Annotated[
@@ -558,6 +563,76 @@ def serve(
     if server.lost:
         typer.echo(f"{server.lost} requests were not finished in {drain_timeout_s:g} s", err=True)
         raise typer.Exit(1)
+
+
+@publish.command("build")
+def publish_build(
+    model: Annotated[str, typer.Argument(help="A released name or local-dir:PATH.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Target folder, new or empty.", show_default=False),
+    ],
+) -> None:
+    """Write the Hub repository of a released model into a folder, offline.
+
+    Card, config.json, weights, onnx/model.onnx, results, golden values, figures and SHA256SUMS;
+    the same bytes each time. Needs the extra [export].
+
+    Example: clever-zoo publish build clever-resnet18 -o build/clever-resnet18.fmnist
+    """
+    try:
+        from clever_zoo.publish import build
+
+        with _err.status(f"exporting {model} and comparing it with torch"):
+            spec = build(model, output)
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    typer.echo(f"{output}: {spec.name}, checked; look at it, then `clever-zoo publish push`")
+
+
+@publish.command("push")
+def publish_push(
+    folder: Annotated[Path, typer.Argument(help="What `publish build` wrote.", show_default=False)],
+    repo: Annotated[str, typer.Option(help="Repository org/name, created if it does not exist.")],
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Of a new one.", show_default="the owner's choice"),
+    ] = None,
+    pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="An existing branch.", show_default="main")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would change, change nothing.")
+    ] = False,
+) -> None:
+    """Make a Hub repository hold a built folder, in one commit.
+
+    The folder is checked first: a file too few or too many, a digest, a card or a registry entry
+    that does not fit is refused before any request. The token is that of `hf auth login` or
+    HF_TOKEN.
+
+    Example: clever-zoo publish push build/clever-resnet18.fmnist --repo org/clever-resnet18.fmnist
+    """
+    try:
+        from clever_zoo.publish import plan_push, push
+
+        if dry_run:
+            plan, done = plan_push(folder, repo, revision=revision), None
+        else:
+            done = push(folder, repo, private=private, revision=revision, create_pr=pr)
+            plan = done.plan
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    if not plan.exists:
+        typer.echo(f"{repo} does not exist, as far as this token may see")
+    for change in ("added", "changed", "removed", "unchanged"):
+        for file in getattr(plan, change):
+            typer.echo(f"{change:9} {file}")
+    if done is not None:
+        typer.echo(done.url)
+        if not pr:
+            typer.echo(f'HubPin("{repo}", "{done.commit}")')
 
 
 def main() -> None:

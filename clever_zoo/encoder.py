@@ -32,6 +32,7 @@ from clever_zoo.preprocess import (
     pixel_batches,
 )
 from clever_zoo.spec import CONFIG_FILENAME, ModelSpec, PreprocessSpec, WeightFile
+from clever_zoo.upload import PushToHub
 from clever_zoo.weights import ExpectedTensor, check_tensors, read_header
 
 try:
@@ -47,7 +48,7 @@ except ImportError as error:
 StorageType = Literal["float32", "float16"]
 
 
-class Encoder(nn.Module, ImageEmbedder):
+class Encoder(nn.Module, ImageEmbedder, PushToHub):
     """Pixels to embeddings; what this project publishes.
 
     Args:
@@ -58,6 +59,8 @@ class Encoder(nn.Module, ImageEmbedder):
         spec: The frozen description.
         backbone: The timm module.
     """
+
+    loader = "clever_zoo.from_pretrained"
 
     def __init__(self, spec: ModelSpec, backbone: nn.Module | None = None) -> None:
         super().__init__()

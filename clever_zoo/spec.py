@@ -21,6 +21,7 @@ from clever_zoo.embedding import Part
 from clever_zoo.errors import SpecError
 
 SCHEMA_VERSION = 1
+CARD_FILENAME = "README.md"
 CONFIG_FILENAME = "config.json"
 CLASSIFIER_KEY = "clever_classifier"
 WEIGHTS_FILENAME = "model.safetensors"

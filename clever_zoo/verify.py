@@ -2,13 +2,12 @@
 
 import functools
 import importlib.util
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from clever_zoo.errors import CleverZooError, IntegrityError, SourceError, SpecError
-from clever_zoo.files import file_digest, verify_file
+from clever_zoo.files import SUMS_FILENAME, read_sums, verify_file, verify_listed
 from clever_zoo.golden import GOLDEN_FILENAME, compare_golden
 from clever_zoo.locate import ONNX_FILENAME, released_folder
 from clever_zoo.registry import RELEASED, model_info
@@ -21,11 +20,6 @@ from clever_zoo.spec import (
     WeightFile,
     read_json,
 )
-
-SUMS_FILENAME = "SHA256SUMS"
-# A digest and a path below the folder, as `sha256sum` writes them.
-_SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *]((?:[\w-][\w.-]*/)*[\w-][\w.-]*)", re.ASCII)
-
 
 Verdict = Literal["ok", "FAILED", "skipped"]
 
@@ -127,21 +121,17 @@ def _check_sums(folder: Path) -> Iterator[Check]:
     if not path.is_file():
         yield Check("skipped", SUMS_FILENAME, "the folder has none")
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        found = _SUMS_LINE.fullmatch(line)
-        if not found:
-            problem = f"{line[:100]!r} is no digest and path below the folder"
-            yield Check("FAILED", SUMS_FILENAME, problem)
-            continue
-        digest, name = found.groups()
-        check = functools.partial(_verified_sum, folder / name, digest)
-        yield _attempt(f"digest of {name}", check)
+    try:
+        sums = read_sums(path)
+    except IntegrityError as error:
+        yield Check("FAILED", SUMS_FILENAME, str(error))
+        return
+    for name in sums:
+        yield _attempt(f"digest of {name}", functools.partial(_verified_sum, folder, name, sums))
 
 
-def _verified_sum(path: Path, expected: str) -> str:
-    digest = file_digest(path)
-    if digest != expected:
-        raise IntegrityError(f"{path} has sha256 {digest}, expected {expected}; it was altered")
+def _verified_sum(folder: Path, name: str, sums: dict[str, str]) -> str:
+    verify_listed(folder / name, name, sums)
     return f"as in {SUMS_FILENAME}"
 
 

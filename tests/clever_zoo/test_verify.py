@@ -1,6 +1,5 @@
 """`clever-zoo verify`: a verdict for everything that is recorded of a model."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,19 +10,12 @@ from typer.testing import CliRunner
 import clever_zoo
 from clever_zoo.cli import app
 from clever_zoo.errors import SourceError, UnknownModelError
+from clever_zoo.files import SUMS_FILENAME, write_sums
 from clever_zoo.golden import GOLDEN_FILENAME, golden_values
-from clever_zoo.verify import SUMS_FILENAME, verify_model
+from clever_zoo.verify import verify_model
 
 ROOT = Path(__file__).parents[2]
 RELEASED = ROOT / "model_cards/clever-resnet18.fmnist"
-
-
-def write_sums(folder: Path) -> None:
-    """As `sha256sum` writes them."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SUMS_FILENAME)
-    lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder)}\n"
-             for p in files]  # fmt: skip
-    (folder / SUMS_FILENAME).write_text("".join(lines))
 
 
 @pytest.fixture
@@ -120,7 +112,7 @@ def test_a_broken_config_does_not_end_the_check(folder: Path) -> None:
 def test_sums_name_files_below_the_folder(folder: Path, line: str) -> None:
     (folder.parent / "x").write_text("")
     (folder / SUMS_FILENAME).write_bytes(line.encode("utf-8", "surrogateescape"))
-    assert "no digest and path below" in failures(folder)["SHA256SUMS"]
+    assert "no list of digests" in failures(folder)["SHA256SUMS"]
 
 
 def test_another_model_under_a_released_name_fails(folder: Path) -> None:
