@@ -49,7 +49,7 @@ class HubRepo:
         self._sums: dict[str, str] | None = None
 
     def __str__(self) -> str:
-        return f"{self.source.repo_id} at {self._revision or 'main'}"
+        return f"{self.source.repo_id!r} at {self._revision or 'main'}"
 
     @property
     def offline(self) -> bool:

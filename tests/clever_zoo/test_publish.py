@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from tests.hub_server import (
     TOKEN,
     Fault,
     StandIn,
-    client_environment,
     read_tree,
     run_client,
     running_hub,
@@ -54,18 +52,17 @@ def copy(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "copy"))
 
 
-def command(hub: StandIn, home: Path, *arguments: str, token: str = TOKEN) -> str:
-    """What `clever-zoo publish ...` says, in a process with the real client."""
+def commands(hub: StandIn, home: Path, *lines: tuple[str, ...]) -> list[str]:
+    """What `clever-zoo publish ...` says, several times in one process with the real client."""
     home.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-c", "from clever_zoo.cli import main; main()", "publish", *arguments],
-        env=client_environment(hub, home, HF_TOKEN=token),
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return done.stdout + " ".join(done.stderr.split())
+    code = f"""
+import json
+from typer.testing import CliRunner
+from clever_zoo.cli import app
+run = CliRunner().invoke
+print(json.dumps([run(app, ("publish", *arguments)).output for arguments in {lines!r}]))
+"""
+    return json.loads(run_client(code, hub, home, HF_TOKEN=TOKEN))
 
 
 def test_published_and_loaded_again_a_model_gives_the_same_to_the_bit(
@@ -74,7 +71,7 @@ def test_published_and_loaded_again_a_model_gives_the_same_to_the_bit(
     pictures = [str(path) for path in sample_paths()[::30]]
     original = clever_zoo.from_pretrained(NAME).embed(pictures)
 
-    said = command(hub, tmp_path / "owner", "push", str(built), "--repo", REPO)
+    (said,) = commands(hub, tmp_path / "owner", ("push", str(built), "--repo", REPO))
 
     commit = hub.repos[REPO].refs["main"]
     assert f'HubPin("{REPO}", "{commit}")' in said
@@ -163,7 +160,7 @@ def other_weights(folder: Path) -> None:
 
 def other_results(folder: Path) -> None:
     record = Record.read(folder / RESULTS_FILENAME)
-    networks = [n.model_copy(update={"sha256": "0" * 64}) for n in record.networks]
+    networks = tuple(n.model_copy(update={"sha256": "0" * 64}) for n in record.networks)
     record.model_copy(update={"networks": networks}).write(folder / RESULTS_FILENAME)
     write_sums(folder)
 
@@ -238,44 +235,45 @@ def test_a_dry_run_says_what_would_change_and_changes_nothing(
     built: Path, hub: StandIn, tmp_path: Path
 ) -> None:
     push = ("push", str(built), "--repo", REPO)
-    said = command(hub, tmp_path, *push, "--dry-run")
+    (said,) = commands(hub, tmp_path, (*push, "--dry-run"))
     assert f"{REPO} does not exist" in said
     assert said.count("added") == len(read_tree(built))
     assert hub.repos == {}
+    assert {request.method for request in hub.requests} == {"GET"}
     old = read_tree(built) | {".gitattributes": b"", "pytorch_model.bin": b"old"}
     hub.add(REPO, old | {"README.md": b"old", "model.safetensors": b"old"})
-    before = hub.repos[REPO].refs["main"]
     hub.requests.clear()
-    said = command(hub, tmp_path, *push, "--dry-run")
+    said, pushed, again = commands(hub, tmp_path, (*push, "--dry-run"), push, push)
+    new = {"README.md", "model.safetensors"}
     assert {tuple(line.split()) for line in said.splitlines()} == {
-        ("changed", "README.md"),
-        ("changed", "model.safetensors"),
+        *(("changed", name) for name in new),
         ("removed", "pytorch_model.bin"),
-        *(("unchanged", n) for n in old if n in read_tree(built)
-          and n not in ("README.md", "model.safetensors")),
-    }  # fmt: skip
-    assert {request.method for request in hub.requests} == {"GET"}
-    assert hub.repos[REPO].refs["main"] == before
-    # The push does just that, in one commit, and another one finds nothing to do.
-    command(hub, tmp_path, *push)
+        *(("unchanged", name) for name in read_tree(built) if name not in new),
+    }
+    writes = [request.line for request in hub.requests if request.method != "GET"]
+    assert writes[0] == "POST /api/repos/create"
+    # The push did just that, in one commit, and another one found nothing to do.
+    assert pushed.startswith(said)
+    assert "changed" not in again.replace("unchanged", "")
     assert len(hub.repos[REPO].commits) == 2
     tree = hub.repos[REPO].commits[hub.repos[REPO].refs["main"]]
     assert tree == read_tree(built) | {".gitattributes": b""}
-    assert "changed" not in command(hub, tmp_path, *push).replace("unchanged", "")
-    assert len(hub.repos[REPO].commits) == 2
 
 
 def test_private_repositories_and_pull_requests(built: Path, hub: StandIn, tmp_path: Path) -> None:
     push = ("push", str(built), "--repo")
-    command(hub, tmp_path, *push, "org/private", "--private")
-    assert hub.repos["org/private"].private
     before = {"main": hub.add("org/public", {"README.md": b"old"})}
-    said = command(hub, tmp_path, *push, "org/public", "--private")
-    assert "UploadError: org/public is public already" in said
-    assert hub.repos["org/public"].refs == before
-    said = command(hub, tmp_path, *push, "org/public", "--pr")
-    assert f"{hub.url}/org/public/discussions/1" in said
-    assert "HubPin" not in said
+    _, refused, asked = commands(
+        hub,
+        tmp_path,
+        (*push, "org/private", "--private"),
+        (*push, "org/public", "--private"),
+        (*push, "org/public", "--pr"),
+    )
+    assert hub.repos["org/private"].private
+    assert "UploadError: org/public is public already" in refused
+    assert f"{hub.url}/org/public/discussions/1" in asked
+    assert "HubPin" not in asked
     review = hub.repos["org/public"].refs.pop("refs/pr/1")
     assert hub.repos["org/public"].commits[review] == read_tree(built)
     assert hub.repos["org/public"].refs == before
