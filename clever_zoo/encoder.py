@@ -21,7 +21,7 @@ from clever_zoo.errors import (
     NonFiniteError,
     ShapeError,
 )
-from clever_zoo.files import write_atomic
+from clever_zoo.files import SUMS_FILENAME, write_atomic
 from clever_zoo.locate import locate_model
 from clever_zoo.preprocess import (
     ImageInput,
@@ -162,6 +162,7 @@ class Encoder(nn.Module, ImageEmbedder, PushToHub):
         weights = WeightFile.of(content)
         spec = self.spec.model_copy(update={"weights": weights})
         config = json.dumps(spec.to_config(), indent=2) + "\n"
+        (Path(folder) / SUMS_FILENAME).unlink(missing_ok=True)  # of what is replaced here
         write_atomic(Path(folder) / weights.filename, content)
         write_atomic(Path(folder) / CONFIG_FILENAME, config.encode())
         return spec

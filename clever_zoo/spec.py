@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +28,7 @@ CLASSIFIER_KEY = "clever_classifier"
 WEIGHTS_FILENAME = "model.safetensors"
 MAX_JSON_BYTES = 1 << 20
 MAX_INPUT_SIZE_PX = 4096
+_NAME = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,199}")  # it may name a folder
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -126,7 +128,7 @@ class ModelSpec(_Spec):
         provenance: Where released weights come from, else None.
     """
 
-    name: str = Field(max_length=200, pattern=r"^[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$")
+    name: str
     backbone: str
     invariant_dim: int = Field(ge=1)
     preprocess: PreprocessSpec = PreprocessSpec()
@@ -136,6 +138,11 @@ class ModelSpec(_Spec):
 
     @model_validator(mode="after")
     def _check_backbone(self) -> Self:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(
+                f"name is {self.name[:100]!r}; use 1 to 200 characters, no slashes, no control "
+                "characters and no dot at the beginning"
+            )
         if self.backbone not in BACKBONES:
             raise ValueError(f"unknown backbone {self.backbone!r}; use {', '.join(BACKBONES)}")
         problems = model_args_problems(self.backbone, self.model_args)

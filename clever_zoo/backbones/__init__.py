@@ -65,6 +65,13 @@ def list_backbones() -> tuple[str, ...]:
     return tuple(BACKBONES)
 
 
+def patch_size_px(name: str, model_args: dict[str, Any]) -> int:
+    """Side of a patch, which must divide the input's; 1 for a backbone that takes any size."""
+    if "patch_size" not in BACKBONES[name].allowed_args:
+        return 1
+    return model_args.get("patch_size", 16)
+
+
 def backbone_info(name: str) -> BackboneInfo:
     """Look a backbone up.
 
@@ -96,13 +103,6 @@ def model_args_problems(name: str, model_args: dict[str, Any]) -> list[str]:
             allowed_range = f"1 to {largest}" if largest else "0 to 1"
             problems.append(f"model_args.{key} is {value!r}; use {allowed_range}")
     return problems
-
-
-def patch_size_px(name: str, model_args: dict[str, Any]) -> int:
-    """Side of a patch, which must divide the input's; 1 for a backbone that takes any size."""
-    if "patch_size" not in BACKBONES[name].allowed_args:
-        return 1
-    return model_args.get("patch_size", 16)
 
 
 def build_backbone(name: str, **model_args: Any) -> "nn.Module":

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import clever_zoo
 from clever_zoo.cli import app
-from clever_zoo.errors import SourceError, UnknownModelError
+from clever_zoo.errors import IntegrityError, SourceError, UnknownModelError
 from clever_zoo.files import SUMS_FILENAME, write_sums
 from clever_zoo.golden import GOLDEN_FILENAME, golden_values
 from clever_zoo.verify import verify_model
@@ -96,6 +96,42 @@ def test_altered_weights_and_values(folder: Path) -> None:
     found = failures(folder)
     assert list(found) == ["values in torch"]
     assert "differ by" in found["values in torch"]
+
+
+NORMS = '"norms": {"invariant": 1, "equivariant": 1}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 50_000,
+        "\xff",
+        '{"norms": {"invariant": 1}}',
+        f'{{{NORMS}, "invariant": [1], "equivariant": []}}',
+        f'{{{NORMS}, "invariant": 1, "equivariant": {{}}}}',
+        f'{{{NORMS}, "invariant": ["x"], "equivariant": [1]}}',
+    ],
+)
+def test_golden_values_that_are_none(folder: Path, content: str) -> None:
+    (folder / GOLDEN_FILENAME).write_text(content)
+    assert "holds" in failures(folder)["values in torch"]
+
+
+def test_a_changed_config_of_a_published_folder_is_not_loaded(folder: Path) -> None:
+    """The one file without a digest of its own; SHA256SUMS has it."""
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("0.485", "0.585"))
+    with pytest.raises(IntegrityError, match=r"config\.json has sha256 .*SHA256SUMS lists"):
+        clever_zoo.from_pretrained(folder)
+    (folder / SUMS_FILENAME).unlink()
+    encoder = clever_zoo.from_pretrained(folder)
+    assert encoder.spec.preprocess.mean[0] == 0.585
+    write_sums(folder)
+    encoder.save_pretrained(folder)  # what it replaces is listed no more
+    assert clever_zoo.from_pretrained(folder).spec == encoder.spec
 
 
 def test_a_broken_config_does_not_end_the_check(folder: Path) -> None:
