@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 import tempfile
 from enum import StrEnum
@@ -25,6 +26,7 @@ from rich.text import Text
 from clever_zoo.backbones import list_backbones
 from clever_zoo.errors import BackendMissingError, CleverZooError
 from clever_zoo.registry import list_models, model_info
+from clever_zoo.serve import MAX_IMAGE_PIXELS
 
 app = typer.Typer(
     name="clever-zoo",
@@ -32,6 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it takes [...] in a help text for markup
 )
 publish = typer.Typer(
     help="Model repositories for the Hugging Face Hub: build a folder offline, then push it.",
@@ -39,6 +42,7 @@ publish = typer.Typer(
 )
 app.add_typer(publish, name="publish")
 _out, _err = Console(), Console(stderr=True)
+TOKEN_VARIABLE = "CLEVER_ZOO_TOKEN"
 
 ModelArgument = Annotated[
     str,
@@ -72,6 +76,13 @@ class LogLevel(StrEnum):
     info = "info"
     warning = "warning"
     error = "error"
+
+
+class DecoderChoice(StrEnum):
+    """What reads and resizes images."""
+
+    pillow = "pillow"
+    fast = "fast"
 
 
 class OnErrorChoice(StrEnum):
@@ -135,6 +146,12 @@ def embed(
         int | None,
         typer.Option(min=0, help="Threads that load images ahead.", show_default="one per core"),
     ] = None,
+    decoder: Annotated[
+        DecoderChoice,
+        typer.Option(
+            help="fast: JPEG files by simplejpeg and torch; pixels 1 of 255 apart, rarely 2."
+        ),
+    ] = DecoderChoice.pillow,
     on_error: Annotated[
         OnErrorChoice,
         typer.Option(help="skip: list unreadable files in NAME.errors.jsonl; raise: stop at one."),
@@ -164,6 +181,7 @@ def embed(
     Examples:
       clever-zoo embed photos/ 'more/*.png' -o photos.parquet
       clever-zoo embed photos/ -o photos.parquet -m model.onnx --threads 4
+      clever-zoo embed photos/ -o photos.parquet --decoder fast
       clever-zoo embed photos/ -o photos.parquet --resume
       RAY_ADDRESS=head:6379 clever-zoo embed /shared/photos -o photos.parquet --engine ray
     """
@@ -199,6 +217,7 @@ def embed(
                 batch_size=batch_size,
                 threads=threads,
                 on_error=on_error.value,
+                decoder=decoder.value,
                 resume=resume,
                 on_progress=show,
                 engine=run,
@@ -325,9 +344,11 @@ def export(
     dynamic. A graph that does not give torch's values is not written. Needs the extra [export];
     to run the file, [onnx] is enough.
 
-    Example: clever-zoo export clever-resnet18 -o model.onnx
-    Then: clever-zoo embed photos/ -m model.onnx -o photos.parquet
-    Or: clever-zoo export clever-resnet18 --format triton -o repository/
+    \b
+    Examples:
+      clever-zoo export clever-resnet18 -o model.onnx
+      clever-zoo embed photos/ -m model.onnx -o photos.parquet
+      clever-zoo export clever-resnet18 --format triton -o repository/
     """
     try:
         from clever_zoo.bulk import find_images
@@ -486,16 +507,22 @@ def serve(
         float, typer.Option(min=0, help="How long an image waits for others to share its batch.")
     ] = 5.0,
     max_queue: Annotated[
-        int, typer.Option(min=1, help="Images that may wait; more are refused with 503.")
+        int, typer.Option(min=1, help="Images, and files, that may wait; more get 503.")
     ] = 256,
+    max_image_mpx: Annotated[
+        float, typer.Option(min=0.1, help="Largest picture that is decoded, in millions of pixels.")
+    ] = MAX_IMAGE_PIXELS / 1e6,
     max_body_mb: Annotated[
         int,
-        typer.Option(min=1, help="Largest body; larger ones are refused with 413."),
+        typer.Option(min=1, help="Largest body; larger ones get 413."),
     ] = 64,
+    body_timeout_s: Annotated[
+        float, typer.Option(min=0, help="Longest time for a body; slower ones get 408.")
+    ] = 60.0,
     token: Annotated[
         str | None,
         typer.Option(
-            envvar="CLEVER_ZOO_TOKEN",
+            envvar=TOKEN_VARIABLE,
             help="Bearer token to ask for; better in the environment, where `ps` shows it less.",
         ),
     ] = None,
@@ -534,23 +561,28 @@ def serve(
         from clever_zoo.serve.server import DrainingServer, is_loopback, open_socket
     except ImportError as error:
         fail(BackendMissingError(f'{error.name} is missing: pip install "clever-zoo[serve]"'))
-    try:
-        served = load_served_model(model, runtime=runtime.value, device=device, threads=threads)
-        listening = open_socket(host, port)
-    except (CleverZooError, OSError) as error:
-        fail(error)
     limits = Limits(
         max_batch=max_batch,
         max_delay_s=max_delay_ms / 1e3,
         max_queue=max_queue,
         max_body_bytes=max_body_mb << 20,
+        max_image_pixels=round(max_image_mpx * 1e6),
+        body_timeout_s=body_timeout_s,
     )
+    if token is None:
+        token = os.environ.get(TOKEN_VARIABLE)  # of an empty one typer says None
+    try:
+        served = load_served_model(model, runtime=runtime.value, device=device, threads=threads)
+        application = create_app(served, limits, token)
+        listening = open_socket(host, port)
+    except (CleverZooError, OSError) as error:
+        fail(error)
     if token is None and not is_loopback(listening):
         typer.echo(
-            f"warning: anyone who reaches {host} can use this; set CLEVER_ZOO_TOKEN", err=True
+            f"warning: anyone who reaches {host} can use this; set {TOKEN_VARIABLE}", err=True
         )
     server = DrainingServer(
-        create_app(served, limits, token),
+        application,
         drain_timeout_s=drain_timeout_s,
         access_log=access_log,
         log_level=log_level.value,
