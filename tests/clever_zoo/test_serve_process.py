@@ -185,7 +185,7 @@ def test_help_teaches_with_examples() -> None:
         assert line in shown
 
 
-@pytest.mark.parametrize("command", ["embed", "compare", "export", "verify", "serve"])
+@pytest.mark.parametrize("command", ["embed", "compare", "convert", "export", "verify", "serve"])
 def test_help_swallows_no_word(command: str) -> None:
     text = getattr(cli, command).__doc__.replace("\b", "")
     assert " ".join(text.split()) in " ".join(shown_help(command).split())
