@@ -1,47 +1,51 @@
 """``torch.hub.load(<checkout or owner/repo>, "clever_resnet18")``: one function per backbone."""
 
-from typing import Any
+from collections.abc import Callable as _Callable
+from typing import Any as _Any
 
-from clever_zoo.encoder import Encoder, create_encoder, from_pretrained
+from clever_zoo.backbones import BACKBONES as _BACKBONES
+from clever_zoo.encoder import Encoder as _Encoder
+from clever_zoo.encoder import create_encoder as _create_encoder
+from clever_zoo.encoder import from_pretrained as _from_pretrained
+from clever_zoo.registry import list_models as _list_models
 
 dependencies = ["torch", "timm", "safetensors", "pydantic", "numpy", "PIL"]
 
+_DOC = """Encoder with backbone {backbone}: {feature_dim} features cut at {cut}.
 
-def clever_resnet18(pretrained: bool = True, **kwargs: Any) -> Encoder:
-    """ResNet-18, 512 features cut at 409. Call it with pixels (B, 3, H, W), or use `.embed`.
+Call it with normalised pixels (B, 3, H, W), or its `embed` with images, for an `Embedding`
+whose `invariant` and `equivariant` halves are {cut} and {rest} wide.
+Released weights: {released}.
 
-    Args:
-        pretrained: Released weights `clever-resnet18`, in evaluation mode; else random ones.
-        **kwargs: For `clever_zoo.from_pretrained` or, without weights, `create_encoder`.
-    """
-    return _load("resnet18", pretrained, kwargs)
+Args:
+    pretrained: Weights `{model}`, in evaluation mode; else random ones, in training mode.
+    **kwargs: For `clever_zoo.from_pretrained` or, without weights, `create_encoder`.
 
-
-def clever_resnet50(pretrained: bool = True, **kwargs: Any) -> Encoder:
-    """ResNet-50, 2048 features cut at 1638; arguments as for `clever_resnet18`.
-
-    Raises UnknownModelError, which names the recipe, while no weights are released.
-    """
-    return _load("resnet50", pretrained, kwargs)
+Raises:
+    UnknownModelError: If no such weights are released; it names the recipe that makes them.
+"""
 
 
-def clever_vit_tiny(pretrained: bool = True, **kwargs: Any) -> Encoder:
-    """ViT-Tiny, 192 features cut at 153; arguments as for `clever_resnet18`.
+def _entry_point(backbone: str) -> _Callable[..., _Encoder]:
+    model = f"clever-{backbone.replace('_', '-')}"
 
-    Raises UnknownModelError, which names the recipe, while no weights are released.
-    """
-    return _load("vit_tiny", pretrained, kwargs)
+    def load(pretrained: bool = True, **kwargs: _Any) -> _Encoder:
+        if pretrained:
+            return _from_pretrained(model, **kwargs)
+        return _create_encoder(backbone, **kwargs)
+
+    feature_dim = _BACKBONES[backbone].feature_dim
+    cut = int(0.8 * feature_dim)
+    load.__name__ = load.__qualname__ = f"clever_{backbone}"
+    load.__doc__ = _DOC.format(
+        backbone=backbone,
+        feature_dim=feature_dim,
+        cut=cut,
+        rest=feature_dim - cut,
+        model=model,
+        released=", ".join(f"`{name}`" for name in _list_models(f"{model}.*")) or "none",
+    )
+    return load
 
 
-def clever_vit_small(pretrained: bool = True, **kwargs: Any) -> Encoder:
-    """ViT-Small, 384 features cut at 307; arguments as for `clever_resnet18`.
-
-    Raises UnknownModelError, which names the recipe, while no weights are released.
-    """
-    return _load("vit_small", pretrained, kwargs)
-
-
-def _load(backbone: str, pretrained: bool, kwargs: dict[str, Any]) -> Encoder:
-    if pretrained:
-        return from_pretrained(f"clever-{backbone.replace('_', '-')}", **kwargs)
-    return create_encoder(backbone, **kwargs)
+globals().update({f"clever_{backbone}": _entry_point(backbone) for backbone in _BACKBONES})

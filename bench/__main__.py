@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from clever_zoo.encoder import Encoder
 from clever_zoo.errors import CleverZooError
 from clever_zoo.onnx_encoder import OnnxEncoder
 from clever_zoo.onnx_graph import GraphInput, OnnxGraph, Precision
-from clever_zoo.preprocess import image_pixels, load_image
+from clever_zoo.preprocess import Decoder, image_pixels, load_image, pixel_loader
 from clever_zoo.records import Environment
 from training.provenance import environment
 
@@ -170,6 +170,7 @@ def preprocess(bench: Bench) -> Rows:
     """JPEG file to what the network is fed, on one core; normalisation is inside our graph."""
     paths = bench.pictures()[:32]
     spec = clever_zoo.create_encoder("vit_tiny").spec.preprocess
+    fast = pixel_loader("fast")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -178,7 +179,8 @@ def preprocess(bench: Bench) -> Rows:
                 "timm": lambda: seconds(
                     lambda: [timm_transform(Image.open(p).convert("RGB")) for p in paths], "cpu"
                 ),
-                "ours": lambda: seconds(lambda: [image_pixels(p, spec) for p in paths], "cpu"),
+                "pillow": lambda: seconds(lambda: [image_pixels(p, spec) for p in paths], "cpu"),
+                "fast": lambda: seconds(lambda: [fast(p, spec, 0) for p in paths], "cpu"),
                 "decode": lambda: seconds(lambda: [load_image(p) for p in paths], "cpu"),
             },
             bench.rounds,
@@ -186,11 +188,14 @@ def preprocess(bench: Bench) -> Rows:
     finally:
         torch.set_num_threads(before)
     rates = {name: [len(paths) / s for s in figures] for name, figures in spent.items()}
-    subject = "JPEG 500x375 to pixels, one core"
-    return [
-        Row.of("preprocess", subject, "timm", "images/s", rates["ours"], rates["timm"], 1.5),
-        Row.of("preprocess", subject, "decoding alone", "images/s", rates["ours"], rates["decode"]),
-    ], canary
+    rows = []
+    for decoder, required in (("pillow", 1.5), ("fast", 2.5)):
+        subject = f"JPEG 500x375 to pixels, {decoder}, one core"
+        for peer, needed in (("timm", required), ("decode", None)):
+            figures = rates[decoder], rates[peer], needed
+            name = {"decode": "decoding with Pillow alone"}.get(peer, peer)
+            rows.append(Row.of("preprocess", subject, name, "images/s", *figures))
+    return rows, canary
 
 
 def folder(bench: Bench) -> Rows:
@@ -207,7 +212,12 @@ def folder(bench: Bench) -> Rows:
         squares = [image_pixels(path, encoder.spec.preprocess) for path in paths]
         batches = [np.stack(squares[i : i + batch]) for i in range(0, len(squares), batch)]
         works = {
-            "ours": lambda e=encoder: embed_files(paths, e, out, batch_size=batch),
+            **{
+                decoder: lambda e=encoder, d=decoder: embed_files(
+                    paths, e, out, batch_size=batch, decoder=d
+                )
+                for decoder in get_args(Decoder)
+            },
             "network alone": lambda e=encoder, b=batches: [e.embed_pixels(x) for x in b],
             "fastembed-style loop": lambda g=floats: fastembed_style_folder(g, paths, batch),
             "timm loop": lambda m=plain: timm_folder(m, paths, batch),
@@ -219,9 +229,11 @@ def folder(bench: Bench) -> Rows:
         canaries += canary
         rates = {name: [len(paths) / s for s in figures] for name, figures in spent.items()}
         required = {"network alone": 0.95, "fastembed-style loop": 1.2, "timm loop": None}
-        for peer, needed in required.items():
-            figures = rates["ours"], rates[peer], needed
-            rows.append(Row.of("folder", f"folder, {backbone} fp32", peer, "images/s", *figures))
+        for decoder in get_args(Decoder):
+            subject = f"folder, {backbone} fp32, {decoder}"
+            for peer, needed in required.items():
+                figures = rates[decoder], rates[peer], needed if decoder == "fast" else None
+                rows.append(Row.of("folder", subject, peer, "images/s", *figures))
     return rows, canaries
 
 

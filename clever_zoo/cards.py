@@ -4,16 +4,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from clever_zoo.embedding import Part
+from clever_zoo.errors import SpecError
 from clever_zoo.records import PARTS, ROLES, Interpolation, Network, Record, Result, Role
 from clever_zoo.spec import ModelSpec
 
+
+class DatasetFacts(NamedTuple):
+    """What cards say of a data set: its id and title on the Hub, what it is, what it teaches."""
+
+    hub_id: str
+    title: str
+    description: str
+    good_for: str
+    not_for: str
+
+
 DATASETS = {
-    "fashion-mnist": (
-        "Fashion-MNIST: 60,000 grey product photographs of 28x28 pixels in ten classes (MIT)",
-        "small grey pictures of single objects on black, like its training data: retrieval and "
-        "grouping that should survive rotation, tests, teaching, and as a worked example",
-        "natural photographs, colour, scenes, text, faces, or anything larger than a thumbnail: "
-        "28-pixel product photographs of ten classes are all it has ever seen",
+    "fashion-mnist": DatasetFacts(
+        hub_id="zalando-datasets/fashion_mnist",
+        title="Fashion-MNIST",
+        description="60,000 grey product photographs of 28x28 pixels in ten classes (MIT)",
+        good_for="small grey pictures of single objects on black, like its training data: "
+        "retrieval and grouping that should survive rotation, tests, teaching, and as a worked "
+        "example",
+        not_for="natural photographs, colour, scenes, text, faces, or anything larger than a "
+        "thumbnail: 28-pixel product photographs of ten classes are all it has ever seen",
     )
 }
 # Name of a figure beside the card -> what its caption says.
@@ -43,6 +58,15 @@ _METRIC_LABELS = {
     "r2": "R²",
     "mae_deg": "mean error (°)",
 }
+
+
+CITATION = """@article{song2024clever,
+  title = {Contrastive Learning Via Equivariant Representation},
+  author = {Song, Sifan and Wang, Jinfeng and Zhao, Qiaochu and Li, Xiang and Wu, Dufan and
+            Stefanidis, Angelos and Su, Jionglong and Zhou, S. Kevin and Li, Quanzheng},
+  journal = {arXiv preprint arXiv:2406.00262},
+  year = {2024},
+}"""
 
 
 class Metric(NamedTuple):
@@ -295,8 +319,7 @@ def _results_section(spec: ModelSpec, record: Record) -> str:
     fine_tuned = [m for m in every_metric(record) if m.task.startswith(("finetune_", "frozen_"))]
     definitions = [*_definitions(record.tasks), *_definitions(record.perturbations)]
     paragraphs = [
-        f"On {record.dataset}, {record.images['test']:,} test images; means{_seeds(record)}. One "
-        "training seed, so differences of a point or two between networks may be chance. The "
+        f"On {record.dataset}, {record.images['test']:,} test images; means{_seeds(record)}. The "
         f"features of all networks are cut at {record.invariant_dim}, those of the baseline and "
         "of the untrained network as controls; raw pixels are not cut.",
         results_table(record),
@@ -312,10 +335,43 @@ def _results_section(spec: ModelSpec, record: Record) -> str:
         "### Protocols",
         "\n".join(definitions),
         "### Where it was measured",
-        "\n".join([*measured_lines(record), *_digest_lines(record)]),
+        "\n".join(measured_lines(record)),
         "The full record, with seeds, images and seconds of each number, is results.json.",
     ]
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+
+
+def _front_matter(licence: str, record: Record) -> str:
+    """What the Hub reads of a card, with the class accuracies of the model."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    data = DATASETS[record.dataset]
+    model = Column(record.model, record, record.model, "model")
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=data.hub_id,
+            dataset_name=data.title,
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name=f"{metric.label}, {part}",
+            metric_value=round(found.mean, 2),
+        )
+        for metric in METRICS
+        for part in PARTS
+        if metric.task in _CLASSIFYING and (found := model.find(metric, part))
+    ]
+    card = ModelCardData(
+        license=licence.lower(),
+        library_name="clever-zoo",
+        pipeline_tag="image-feature-extraction",
+        tags=["timm", "transformers", "self-supervised", "equivariance", "image-embeddings"],
+        datasets=[data.hub_id],
+        metrics=["accuracy"],
+        model_name=record.model,
+        eval_results=results,
+    )
+    return card.to_yaml()
 
 
 def render_card(spec: ModelSpec, record: Record) -> str:
@@ -324,17 +380,21 @@ def render_card(spec: ModelSpec, record: Record) -> str:
     Args:
         spec: Of the released weights, with provenance.
         record: Its results.json.
+
+    Raises:
+        SpecError: If `spec` has no weights or no provenance.
     """
-    data, good_for, not_for = DATASETS[record.dataset]
-    p = spec.preprocess
-    size_mb = spec.weights.size_bytes / 1e6 if spec.weights else 0.0
-    trained = [_training_line(n) for n in record.networks if "recipe" in n.training]
+    if spec.weights is None or spec.provenance is None:
+        raise SpecError(
+            f"{spec.name!r} has no weights or no provenance; a card describes a released model, "
+            "see training/release.py"
+        )
+    data, p, weights = DATASETS[record.dataset], spec.preprocess, spec.weights
+    licence = spec.provenance.license
+    trained = [network for network in record.networks if "recipe" in network.training]
+    hours = sum(network.training["seconds"] for network in trained) / 3600
     return f"""---
-license: apache-2.0
-library_name: clever-zoo
-pipeline_tag: image-feature-extraction
-tags: [clever-zoo, timm, self-supervised, equivariance, image-embeddings]
-datasets: [zalando-datasets/fashion_mnist]
+{_front_matter(licence, record)}
 ---
 <!-- Written by `make tables` from config.json and results.json. -->
 # {spec.name}
@@ -352,25 +412,50 @@ embedding = encoder.embed(["picture.png"])
 embedding.invariant, embedding.equivariant  # (1, {spec.invariant_dim}), (1, {spec.equivariant_dim})
 ```
 
-timm and transformers load the same folder and return the full features; cut them at
-{spec.invariant_dim}. Input: {p.input_size_px}x{p.input_size_px} RGB, short side resized to
-{p.resize_px} (bicubic), centre crop, mean {p.mean}, std {p.std}.
-Weights: {size_mb:.1f} MB, float16 storage with float32 norm layers, sha256
-`{spec.weights.sha256 if spec.weights else ""}`.
+timm (`local-dir:`, `hf-hub:`) and transformers (`AutoModel`) load the same folder and return the
+full features; cut them at {spec.invariant_dim}. After `import clever_zoo.timm` timm knows the model
+as `{spec.name.replace("-", "_")}`.
 
-## Good for, and not
-- Good for: {good_for}.
-- Not for: {not_for}.
+## Input
+Upright 8-bit RGB. The short side is resized to {p.resize_px} pixels (bicubic, antialiased), the
+central {p.input_size_px}x{p.input_size_px} cut out; then (value / 255 - mean) / std with mean
+{p.mean} and std {p.std}.
+
+## Use and misuse
+- Good for: {data.good_for}.
+- Not for: {data.not_for}.
+
+## Limits
+- The halves are named for what training asks of them. Trust what they were measured to hold.
+- One training seed: differences of a point or two between networks may be chance.
+- Nothing was measured on other data than {data.title}, on how errors spread over groups of people,
+  or against adversaries.
+- Of a picture that is not square the ends of its long side are not seen.
+
+## Data and training
+{data.title}: {data.description}. Method: CLeVER (arXiv 2406.00262) on DINO with rotated views; the
+recipe states what differs from the paper's.
+
+{chr(10).join(map(_training_line, trained))}
+
+## Compute and energy
+The training above took {hours:.1f} hours in all, on the hardware named there. Energy was not
+metered, so none is stated.
 
 ## Results
 {_results_section(spec, record)}
 
-## Training
-Data: {data}. Method: CLeVER (arXiv 2406.00262) on DINO with rotated views; the recipe states
-what differs from the paper's.
+## Files and digests
+`{weights.filename}`: {weights.size_bytes:,} bytes, float16 with float32 norm layers, loaded as
+float32; sha256 `{weights.sha256}`. `clever-zoo verify {spec.name}` recomputes the digest and the
+values of golden.json. The networks of the results, as stored in float16:
 
-{chr(10).join(trained)}
+{chr(10).join(_digest_lines(record))}
 
-## Licence
-Weights and code: Apache-2.0. Please cite the paper (CITATION.cff).
+## Licence and citation
+Weights and code: {licence}. Please cite the paper:
+
+```bibtex
+{CITATION}
+```
 """

@@ -20,7 +20,7 @@ from clever_zoo.encoder import (
     usable_device,
 )
 from clever_zoo.errors import BackendMissingError, SpecError, WeightsMismatchError
-from clever_zoo.files import write_atomic
+from clever_zoo.files import SUMS_FILENAME, write_atomic
 from clever_zoo.locate import describes_classifier, locate_classifier
 from clever_zoo.preprocess import ImageInput, normalize_pixels, pixel_batches
 from clever_zoo.spec import CLASSIFIER_KEY, CONFIG_FILENAME, ClassifierSpec, WeightFile
@@ -190,6 +190,7 @@ class Classifier(nn.Module, PushToHub):
         encoder = self.encoder.spec.model_copy(update={"weights": weights})
         spec = self.spec.model_copy(update={"encoder": encoder})
         config = json.dumps(spec.to_config(), indent=2) + "\n"
+        (Path(folder) / SUMS_FILENAME).unlink(missing_ok=True)  # of what is replaced here
         write_atomic(Path(folder) / weights.filename, content)
         write_atomic(Path(folder) / CONFIG_FILENAME, config.encode())
         return spec

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 import tempfile
 from enum import StrEnum
@@ -25,6 +26,7 @@ from rich.text import Text
 from clever_zoo.backbones import list_backbones
 from clever_zoo.errors import BackendMissingError, CleverZooError
 from clever_zoo.registry import list_models, model_info
+from clever_zoo.serve import MAX_IMAGE_PIXELS
 
 app = typer.Typer(
     name="clever-zoo",
@@ -32,6 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it takes [...] in a help text for markup
 )
 publish = typer.Typer(
     help="Model repositories for the Hugging Face Hub: build a folder offline, then push it.",
@@ -39,6 +42,7 @@ publish = typer.Typer(
 )
 app.add_typer(publish, name="publish")
 _out, _err = Console(), Console(stderr=True)
+TOKEN_VARIABLE = "CLEVER_ZOO_TOKEN"
 
 ModelArgument = Annotated[
     str,
@@ -72,6 +76,13 @@ class LogLevel(StrEnum):
     info = "info"
     warning = "warning"
     error = "error"
+
+
+class DecoderChoice(StrEnum):
+    """What reads and resizes images."""
+
+    pillow = "pillow"
+    fast = "fast"
 
 
 class OnErrorChoice(StrEnum):
@@ -135,6 +146,12 @@ def embed(
         int | None,
         typer.Option(min=0, help="Threads that load images ahead.", show_default="one per core"),
     ] = None,
+    decoder: Annotated[
+        DecoderChoice,
+        typer.Option(
+            help="fast: JPEG files by simplejpeg and torch; pixels 1 of 255 apart, rarely 2."
+        ),
+    ] = DecoderChoice.pillow,
     on_error: Annotated[
         OnErrorChoice,
         typer.Option(help="skip: list unreadable files in NAME.errors.jsonl; raise: stop at one."),
@@ -164,6 +181,7 @@ def embed(
     Examples:
       clever-zoo embed photos/ 'more/*.png' -o photos.parquet
       clever-zoo embed photos/ -o photos.parquet -m model.onnx --threads 4
+      clever-zoo embed photos/ -o photos.parquet --decoder fast
       clever-zoo embed photos/ -o photos.parquet --resume
       RAY_ADDRESS=head:6379 clever-zoo embed /shared/photos -o photos.parquet --engine ray
     """
@@ -199,6 +217,7 @@ def embed(
                 batch_size=batch_size,
                 threads=threads,
                 on_error=on_error.value,
+                decoder=decoder.value,
                 resume=resume,
                 on_progress=show,
                 engine=run,
@@ -325,9 +344,11 @@ def export(
     dynamic. A graph that does not give torch's values is not written. Needs the extra [export];
     to run the file, [onnx] is enough.
 
-    Example: clever-zoo export clever-resnet18 -o model.onnx
-    Then: clever-zoo embed photos/ -m model.onnx -o photos.parquet
-    Or: clever-zoo export clever-resnet18 --format triton -o repository/
+    \b
+    Examples:
+      clever-zoo export clever-resnet18 -o model.onnx
+      clever-zoo embed photos/ -m model.onnx -o photos.parquet
+      clever-zoo export clever-resnet18 --format triton -o repository/
     """
     try:
         from clever_zoo.bulk import find_images
@@ -359,21 +380,111 @@ def export(
         typer.echo(f"{name}: {figure} to torch {shown}")
 
 
+class NetworkChoice(StrEnum):
+    """A network of a pre-training run."""
+
+    teacher = "teacher"
+    student = "student"
+
+
+class StorageChoice(StrEnum):
+    """How weights are stored."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A .pth, .pth.tar or .safetensors file.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    backbone: Annotated[
+        str | None, typer.Option(help="Refuse any other.", show_default="as its tensors say")
+    ] = None,
+    network: Annotated[
+        NetworkChoice | None,
+        typer.Option(help="Of a pre-training run.", show_default="teacher"),
+    ] = None,
+    invariant_dim: Annotated[
+        int | None,
+        typer.Option(
+            help="Where to cut the features, if the file does not tell.",
+            show_default="as trained, else no split",
+        ),
+    ] = None,
+    input_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of the square it sees, in pixels.",
+            show_default="224, or as a ViT's position embeddings say",
+        ),
+    ] = None,
+    crop_pct: Annotated[
+        float, typer.Option(help="That side relative to the resized short side.")
+    ] = 0.875,
+    name: Annotated[
+        str | None, typer.Option(help="Of the model.", show_default="that of the folder")
+    ] = None,
+    dtype: Annotated[StorageChoice, typer.Option(help="How to store.")] = StorageChoice.float32,
+    keep_heads: Annotated[
+        bool, typer.Option("--keep-heads", help="Write the heads to heads.safetensors.")
+    ] = False,
+) -> None:
+    """Turn a checkpoint of another code base into a model folder.
+
+    Reads those of the CLeVER authors (teacher or student), DINO, DDCL and SimSiam, state dicts of
+    torchvision and timm, and VMamba's, if their backbone is one of `clever-zoo list`. Nothing in
+    the file is executed: one with more than tensors and plain values is refused.
+
+    \b
+    Examples:
+      clever-zoo convert checkpoint.pth -o my-model --keep-heads
+      clever-zoo convert dino_deitsmall16_pretrain.pth -o dino-vit-small
+    Then: clever-zoo embed photos/ -m local-dir:my-model -o photos.parquet
+    """
+    try:
+        from clever_zoo.convert import convert_checkpoint
+
+        conversion = convert_checkpoint(
+            checkpoint,
+            output,
+            name=name,
+            backbone=backbone,
+            network=network.value if network else None,
+            invariant_dim=invariant_dim,
+            input_size_px=input_size,
+            crop_pct=crop_pct,
+            dtype=dtype.value,
+            keep_heads=keep_heads,
+        )
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    typer.echo("\n".join(conversion.lines()))
+
+
 @app.command()
 def verify(
     model: Annotated[str, typer.Argument(help="A released name or local-dir:PATH.")],
 ) -> None:
-    """Check a model's size and digest, and its first values against golden.json.
+    """Check a model's files against their recorded digests, and its values on this machine.
 
-    Exit code 0: all is as recorded. 2: something is not.
+    Digests: of the weights, as config.json and the registry say, and of every file that SHA256SUMS
+    names. Values: of golden.json, within 1e-4, in torch and in ONNX Runtime, where they are there.
+
+    Exit code 0: all that could be checked is as recorded. 1: something is not. 2: no such model.
     """
     try:
-        from clever_zoo.golden import check_golden
+        from clever_zoo.verify import verify_model
 
-        difference = check_golden(model)
+        checks = verify_model(model)
     except (CleverZooError, OSError) as error:
         fail(error)
-    typer.echo(f"{model}: digest as recorded, golden values within {difference:.1e}")
+    for check in checks:
+        typer.echo(f"{check.verdict:8}{check.subject}: {check.detail}")
+    if any(check.verdict == "FAILED" for check in checks):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -396,16 +507,22 @@ def serve(
         float, typer.Option(min=0, help="How long an image waits for others to share its batch.")
     ] = 5.0,
     max_queue: Annotated[
-        int, typer.Option(min=1, help="Images that may wait; more are refused with 503.")
+        int, typer.Option(min=1, help="Images, and files, that may wait; more get 503.")
     ] = 256,
+    max_image_mpx: Annotated[
+        float, typer.Option(min=0.1, help="Largest picture that is decoded, in millions of pixels.")
+    ] = MAX_IMAGE_PIXELS / 1e6,
     max_body_mb: Annotated[
         int,
-        typer.Option(min=1, help="Largest body; larger ones are refused with 413."),
+        typer.Option(min=1, help="Largest body; larger ones get 413."),
     ] = 64,
+    body_timeout_s: Annotated[
+        float, typer.Option(min=0, help="Longest time for a body; slower ones get 408.")
+    ] = 60.0,
     token: Annotated[
         str | None,
         typer.Option(
-            envvar="CLEVER_ZOO_TOKEN",
+            envvar=TOKEN_VARIABLE,
             help="Bearer token to ask for; better in the environment, where `ps` shows it less.",
         ),
     ] = None,
@@ -444,23 +561,28 @@ def serve(
         from clever_zoo.serve.server import DrainingServer, is_loopback, open_socket
     except ImportError as error:
         fail(BackendMissingError(f'{error.name} is missing: pip install "clever-zoo[serve]"'))
-    try:
-        served = load_served_model(model, runtime=runtime.value, device=device, threads=threads)
-        listening = open_socket(host, port)
-    except (CleverZooError, OSError) as error:
-        fail(error)
     limits = Limits(
         max_batch=max_batch,
         max_delay_s=max_delay_ms / 1e3,
         max_queue=max_queue,
         max_body_bytes=max_body_mb << 20,
+        max_image_pixels=round(max_image_mpx * 1e6),
+        body_timeout_s=body_timeout_s,
     )
+    if token is None:
+        token = os.environ.get(TOKEN_VARIABLE)  # of an empty one typer says None
+    try:
+        served = load_served_model(model, runtime=runtime.value, device=device, threads=threads)
+        application = create_app(served, limits, token)
+        listening = open_socket(host, port)
+    except (CleverZooError, OSError) as error:
+        fail(error)
     if token is None and not is_loopback(listening):
         typer.echo(
-            f"warning: anyone who reaches {host} can use this; set CLEVER_ZOO_TOKEN", err=True
+            f"warning: anyone who reaches {host} can use this; set {TOKEN_VARIABLE}", err=True
         )
     server = DrainingServer(
-        create_app(served, limits, token),
+        application,
         drain_timeout_s=drain_timeout_s,
         access_log=access_log,
         log_level=log_level.value,

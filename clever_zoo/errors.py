@@ -109,3 +109,7 @@ class RequestError(CleverZooError, ValueError):
     ) -> None:
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
+
+
+class SettingError(CleverZooError, ValueError):
+    """A setting with which the service would not do what it says."""

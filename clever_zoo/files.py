@@ -11,7 +11,8 @@ from clever_zoo.errors import IntegrityError
 from clever_zoo.spec import WeightFile
 
 SUMS_FILENAME = "SHA256SUMS"
-_SUMS_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
+# Names are paths below the folder, of parts that do not begin with a dot.
+_SUMS_LINE = re.compile(r"([0-9a-f]{64})  ((?:[\w-][\w.-]*/)*[\w-][\w.-]*)", re.ASCII)
 
 
 def file_digest(path: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 from clever_zoo.errors import DownloadError, IntegrityError, SourceError, SpecError
-from clever_zoo.files import verify_file
+from clever_zoo.files import SUMS_FILENAME, read_sums, verify_file, verify_listed
 from clever_zoo.hub import HubRepo
 from clever_zoo.registry import HUB_PINS, model_info
 from clever_zoo.sources import (
@@ -50,15 +50,20 @@ class Files(Protocol):
 
 
 class FolderFiles(NamedTuple):
-    """The files of a model in a folder; a missing one is left to whoever reads it."""
+    """The files of a model in a folder; a missing one is left to whoever reads it.
+
+    If the folder has a SHA256SUMS, as published ones do, what it lists is verified.
+    """
 
     folder: Path
 
     def find(self, filename: str, expected: WeightFile | None = None) -> Path:
         """See `Files`."""
-        path = self.folder / filename
+        path, sums = self.folder / filename, self.folder / SUMS_FILENAME
         if expected is not None:
             verify_file(path, expected)
+        elif path.is_file() and sums.is_file() and filename in (listed := read_sums(sums)):
+            verify_listed(path, filename, listed)
         return path
 
     def has(self, filename: str) -> bool:

@@ -3,7 +3,6 @@
 Never imports torch.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from clever_zoo.errors import BackendMissingError, IntegrityError, SourceError, SpecError
 from clever_zoo.locate import locate_onnx
 from clever_zoo.preprocess import check_pixels, normalize_pixels
-from clever_zoo.spec import PreprocessSpec, problem_lines, read_json
+from clever_zoo.spec import PreprocessSpec, parse_json, problem_lines, read_json
 
 try:
     import onnxruntime as ort
@@ -85,10 +84,8 @@ class OnnxGraph:
                 "split and its preprocessing are unknown; write it with `clever-zoo export`"
             )
         try:
-            self.config = json.loads(metadata[CONFIG_KEY])
+            self.config = parse_json(metadata[CONFIG_KEY], f"{source}, {CONFIG_KEY}")
             self.info = GraphInfo.model_validate_json(metadata[GRAPH_KEY])
-        except json.JSONDecodeError as error:
-            raise SpecError(f"{source}: {CONFIG_KEY} is not valid JSON: {error}") from error
         except ValidationError as error:
             lines = "".join(f"\n  - {line}" for line in problem_lines(error))
             raise SpecError(f"{source}, {GRAPH_KEY}:{lines}") from error

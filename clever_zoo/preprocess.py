@@ -4,13 +4,13 @@ import io
 import itertools
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from clever_zoo.ahead import map_ahead
 from clever_zoo.errors import ImageError, ShapeError
@@ -18,12 +18,14 @@ from clever_zoo.spec import PreprocessSpec
 
 Item = TypeVar("Item")
 ImageInput = str | Path | Image.Image | NDArray[np.uint8]
+Decoder = Literal["pillow", "fast"]
+PixelLoader = Callable[[ImageInput, PreprocessSpec, int], NDArray[np.uint8]]
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MIN_SIDE_PX = 2
 # An axis that is made longer than this is resized in part, to bound memory.
-_MAX_WHOLE_PX = 1 << 16
-_UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+MAX_WHOLE_PX = 1 << 16
+UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 def load_image(source: ImageInput, index: int = 0) -> Image.Image:
@@ -77,7 +79,9 @@ def _open(
         raise ImageError(name, index, "no such file") from error
     except ImageError:
         raise
-    except _UNREADABLE as error:
+    except UnidentifiedImageError as error:
+        raise ImageError(name, index, "cannot be read as an image: no known format") from error
+    except UNREADABLE as error:
         raise ImageError(name, index, f"cannot be read as an image: {error}") from error
 
 
@@ -119,7 +123,7 @@ def _to_rgb(image: Image.Image, description: str, index: int) -> Image.Image:
         return image
     except ImageError:
         raise
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ImageError(description, index, f"cannot be decoded: {error}") from error
 
 
@@ -150,13 +154,12 @@ def crop_pixels(
     resample = Image.Resampling[interpolation.upper()]
     sides = image.size
     resized = [int(resize_px * side / min(sides)) for side in sides]
-    lost_width, lost_height = (old - new for old, new in zip(sides, resized, strict=True))
-    first, last = (1, 0) if lost_height > max(0, 2 * lost_width) else (0, 1)
+    first, last = (1, 0) if rows_first(sides, resized) else (0, 1)
     part = _central_part(sides[last], resized[last], size_px)
     reach = 2 * max(1.0, sides[last] / resized[last]) + 1
     start = max(0, math.floor(part.start - reach))
     image = _cut(image, last, start, min(sides[last], math.ceil(part.stop + reach)))
-    limit = _MAX_WHOLE_PX if sides[first] < resized[first] else size_px * 5 // 4
+    limit = MAX_WHOLE_PX if sides[first] < resized[first] else size_px * 5 // 4
     whole = _Part(resized[first], 0, sides[first], round((resized[first] - size_px) / 2))
     image = _resize_part(
         image,
@@ -167,6 +170,12 @@ def crop_pixels(
     )
     part = part._replace(start=part.start - start, stop=part.stop - start)
     return np.array(_resize_part(image, last, part, size_px, resample))
+
+
+def rows_first(sides: Sequence[int], resized: Sequence[int]) -> bool:
+    """Whether Pillow 13 resizes the height before the width; both arguments are width, height."""
+    lost_width, lost_height = (old - new for old, new in zip(sides, resized, strict=True))
+    return lost_height > max(0, 2 * lost_width)
 
 
 class _Part(NamedTuple):
@@ -234,6 +243,19 @@ def image_pixels(source: ImageInput, spec: PreprocessSpec, index: int = 0) -> ND
         ImageError: See `load_image`.
     """
     return crop_pixels(load_image(source, index), spec.resize_px, spec.input_size_px)
+
+
+def pixel_loader(decoder: Decoder) -> PixelLoader:
+    """`image_pixels`, or its faster twin `clever_zoo.fast_pixels.fast_image_pixels`.
+
+    Raises:
+        BackendMissingError: If torch or simplejpeg is missing for "fast".
+    """
+    if decoder == "pillow":
+        return image_pixels
+    from clever_zoo.fast_pixels import fast_image_pixels
+
+    return fast_image_pixels
 
 
 def check_pixels(pixels: NDArray[np.uint8], spec: PreprocessSpec) -> None:

@@ -20,6 +20,7 @@ class BackboneInfo:
         global_pool: timm's name of the pooling that makes them.
         model_args: Arguments that differ from timm's defaults whatever the input size.
         allowed_args: Further timm arguments that a spec may set.
+        init_args: Further ones that only random weights depend on; no spec holds them.
         classifier: Name of the layer that timm would put a classifier at.
         first_conv: Name of the layer that reads the pixels.
         int8: How it is quantised for ONNX: "static", with ranges of activations from calibration
@@ -34,10 +35,13 @@ class BackboneInfo:
     int8: Literal["static", "dynamic"]
     model_args: dict[str, Any] = field(default_factory=dict)
     allowed_args: tuple[str, ...] = ("drop_rate", "drop_path_rate")
+    init_args: dict[str, Any] = field(default_factory=dict)
 
 
 def _resnet(architecture: str, feature_dim: int) -> BackboneInfo:
-    return BackboneInfo(architecture, feature_dim, "avg", "fc", "conv1", "static")
+    # The reference starts every batch-norm gain at one; timm would zero the last of a block.
+    ones = {"zero_init_last": False}
+    return BackboneInfo(architecture, feature_dim, "avg", "fc", "conv1", "static", init_args=ones)
 
 
 def _vit(architecture: str, feature_dim: int) -> BackboneInfo:
@@ -56,9 +60,20 @@ BACKBONES: dict[str, BackboneInfo] = {
 }
 
 
+# In pixels: beyond any model, but nothing that a description alone can fill the memory with.
+_LARGEST = {"img_size": 1024, "patch_size": 64}
+
+
 def list_backbones() -> tuple[str, ...]:
     """Names that `create_encoder` and training recipes accept."""
     return tuple(BACKBONES)
+
+
+def patch_size_px(name: str, model_args: dict[str, Any]) -> int:
+    """Side of a patch, which must divide the input's; 1 for a backbone that takes any size."""
+    if "patch_size" not in BACKBONES[name].allowed_args:
+        return 1
+    return model_args.get("patch_size", 16)
 
 
 def backbone_info(name: str) -> BackboneInfo:
@@ -81,17 +96,16 @@ def model_args_problems(name: str, model_args: dict[str, Any]) -> list[str]:
     allowed = BACKBONES[name].allowed_args
     problems = []
     for key, value in model_args.items():
-        whole = key in ("img_size", "patch_size")
+        largest = _LARGEST.get(key)
         if key not in allowed:
             problems.append(
                 f"model_args.{key}: not an argument of {name}; use {', '.join(allowed)}"
             )
-        elif isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        elif isinstance(value, bool) or not isinstance(value, int if largest else int | float):
             problems.append(f"model_args.{key} is {value!r}; use a number")
-        elif value < 1 if whole else not 0 <= value < 1:
-            problems.append(
-                f"model_args.{key} is {value!r}; use {'at least 1' if whole else '0 to 1'}"
-            )
+        elif not 1 <= value <= largest if largest else not 0 <= value < 1:
+            allowed_range = f"1 to {largest}" if largest else "0 to 1"
+            problems.append(f"model_args.{key} is {value!r}; use {allowed_range}")
     return problems
 
 
@@ -120,10 +134,8 @@ def build_backbone(name: str, **model_args: Any) -> "nn.Module":
             f"{error.name} is not installed, and building {name!r} needs it: "
             'pip install "clever-zoo[torch]"'
         ) from error
-    if info.architecture.startswith("resnet"):
-        # The reference starts every batch-norm gain at one; timm would zero the last of a block.
-        model_args = {"zero_init_last": False, **model_args}
+    arguments = info.init_args | info.model_args | model_args
     try:
-        return timm.create_model(info.architecture, num_classes=0, **info.model_args, **model_args)
+        return timm.create_model(info.architecture, num_classes=0, **arguments)
     except AssertionError as error:
         raise SpecError(f"timm cannot build {name!r} with {model_args}: {error}") from error

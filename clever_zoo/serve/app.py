@@ -2,18 +2,18 @@
 
 import asyncio
 import hmac
+import re
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
@@ -24,10 +24,10 @@ from starlette.requests import ClientDisconnect
 from clever_zoo import __version__
 from clever_zoo.ahead import usable_cores
 from clever_zoo.embedding import Embedding
-from clever_zoo.errors import ImageError, RequestError
-from clever_zoo.preprocess import crop_pixels, decode_image
-from clever_zoo.serve import protocol
+from clever_zoo.errors import ImageError, RequestError, SettingError
+from clever_zoo.serve import MAX_IMAGE_PIXELS, protocol
 from clever_zoo.serve.batcher import Batcher
+from clever_zoo.serve.decoder import Decoder, File, Square
 from clever_zoo.serve.metrics import Metrics
 from clever_zoo.serve.middleware import CLIENT_GONE, BoundBodies, CountRequests
 from clever_zoo.serve.model import Outputs, ServedModel
@@ -42,9 +42,10 @@ class Limits:
     Attributes:
         max_batch: Images per batch.
         max_delay_s: How long an image waits for others to share its batch.
-        max_queue: Images that may wait for a batch, and images of one request.
-        max_body_bytes: Largest body, compressed or not; all bodies in work together may hold
-            four times as much.
+        max_queue: Images that may wait for a batch, files that may be decoded or wait for it,
+            and images of one request.
+        max_body_bytes: Largest body, as sent and as unpacked; all bodies in work together may
+            hold four times as much as sent.
         max_image_pixels: Largest picture that is decoded.
         body_timeout_s: How long a body may take to arrive.
     """
@@ -53,15 +54,8 @@ class Limits:
     max_delay_s: float = 0.005
     max_queue: int = 256
     max_body_bytes: int = 64 << 20
-    max_image_pixels: int = 50_000_000
+    max_image_pixels: int = MAX_IMAGE_PIXELS
     body_timeout_s: float = 60.0
-
-
-class File(NamedTuple):
-    """An uploaded file."""
-
-    name: str
-    content: bytes | bytearray
 
 
 class Service:
@@ -81,14 +75,20 @@ class Service:
             max_queue=limits.max_queue,
             metrics=self.metrics,
         )
-        # Parses and decodes; the event loop only moves bytes.
+        self.decoder = Decoder(
+            model.preprocess,
+            max_pixels=limits.max_image_pixels,
+            max_files=limits.max_queue,
+            metrics=self.metrics,
+        )
+        # Parses and writes JSON; the event loop only moves bytes.
         self.pool = ThreadPoolExecutor(usable_cores(), thread_name_prefix="parse")
         self.draining = False
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Run batches while the application is up."""
-        with self.pool:
+        with self.pool, self.decoder.pool:
             async with self.batcher.running():
                 yield
 
@@ -112,8 +112,9 @@ def _authorize(
 ) -> None:
     if service.token is None:
         return
-    given = credentials.credentials if credentials else ""
-    if not hmac.compare_digest(given.encode(), service.token.encode()):
+    if credentials is None or not hmac.compare_digest(
+        credentials.credentials.encode(), service.token.encode()
+    ):
         raise RequestError(
             "the token is missing or wrong; send the header 'Authorization: Bearer TOKEN'",
             401,
@@ -171,6 +172,13 @@ async def server_metadata() -> Response:
 async def metrics(service: ServiceOf) -> Response:
     """Counters in Prometheus' text format."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@private.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request) -> Response:
+    """The description of all paths."""
+    app: FastAPI = request.app
+    return JSONResponse(app.openapi())
 
 
 @models.get("")
@@ -246,10 +254,9 @@ async def embed(request: Request, service: ServiceOf) -> Response:
             f"POST pixels to /v2/models/{service.model.name}/infer",
             404,
         )
+    service.decoder.check_room()
     files = await _read_files(request, service.limits)
-    squares = await asyncio.gather(
-        *(service.in_pool(_decode, *file, service) for file in enumerate(files))
-    )
+    squares = await _unless_gone(request, service.decoder.decode(files))
     good = [square for square in squares if not isinstance(square, ImageError)]
     outputs: Outputs = {}
     if good:
@@ -268,9 +275,9 @@ async def _read_body(request: Request, limits: Limits) -> bytearray:
 
 async def _read_files(request: Request, limits: Limits) -> list[File]:
     content_type = request.headers.get("content-type", "")
-    if content_type.startswith("image/"):
+    if content_type.lower().startswith("image/"):
         return [File("body", await _read_body(request, limits))]
-    if not content_type.startswith("multipart/form-data"):
+    if not content_type.lower().startswith("multipart/form-data"):
         raise RequestError(
             f"Content-Type is {content_type!r}; send multipart/form-data with files, or one file "
             "as image/jpeg, image/png or another image type",
@@ -319,6 +326,7 @@ def _parse(body: bytearray, request: Request, service: Service) -> protocol.Infe
 
 
 def _decompress(body: bytearray, encoding: str, max_bytes: int) -> bytes | bytearray:
+    encoding = encoding.lower()
     if encoding == "identity":
         return body
     if encoding not in ("gzip", "deflate"):
@@ -335,20 +343,9 @@ def _decompress(body: bytearray, encoding: str, max_bytes: int) -> bytes | bytea
     return content
 
 
-def _decode(index: int, file: File, service: Service) -> NDArray[np.uint8] | ImageError:
-    preprocess = service.model.preprocess
-    try:
-        image = decode_image(
-            file.content, file.name, index, max_pixels=service.limits.max_image_pixels
-        )
-    except ImageError as error:
-        return error
-    return crop_pixels(image, preprocess.resize_px, preprocess.input_size_px)
-
-
 def _encode_images(
     files: list[File],
-    squares: list[NDArray[np.uint8] | ImageError],
+    squares: list[Square],
     outputs: Outputs,
     model: ServedModel,
 ) -> str:
@@ -391,12 +388,21 @@ def create_app(model: ServedModel, limits: Limits = Limits(), token: str | None 
         model: What to serve.
         limits: Batching and bounds.
         token: Bearer token that all but /v2/health asks for; None: open to all.
+
+    Raises:
+        SettingError: If the token is empty or holds what a header cannot carry.
     """
+    if token is not None and not re.fullmatch("[!-~]+", token):
+        raise SettingError(
+            f"the token has {len(token)} characters; it needs one at least, all of them visible "
+            "ASCII without spaces or line ends. Set another, or none to be open to all"
+        )
     service = Service(model, limits, token)
     app = FastAPI(
         title="clever-zoo",
         description=f"Embeddings of {model.name} in two labelled halves.",
         version=__version__,
+        openapi_url=None,  # served with the paths that ask for the token
         # The pages would load their scripts from a CDN.
         docs_url=None,
         redoc_url=None,

@@ -33,6 +33,11 @@ class Metrics:
         self.queued_images = Gauge(
             "clever_zoo_queued_images", "Images waiting for a batch.", registry=registry
         )
+        self.decoding_files = Gauge(
+            "clever_zoo_decoding_files",
+            "Files that are decoded or wait for it.",
+            registry=registry,
+        )
         self.queue_s = Histogram(
             "clever_zoo_queue_seconds",
             "Time from the queue to the start of a batch.",

@@ -20,7 +20,7 @@ class ServedModel(NamedTuple):
 
     Attributes:
         spec: Of the encoder; the service goes by its name, and reports the digest of its weights.
-        alias: A second name that it answers to.
+        alias: A second name that it answers to, without slashes.
         platform: What runs it, "onnx" or "torch".
         outputs: Name -> width.
         run: (B, size, size, 3) uint8 -> name -> (B, width) float32; called by one thread.
@@ -53,12 +53,12 @@ def load_served_model(
 ) -> ServedModel:
     """Load an encoder, or a classifier that was exported to ONNX; see `load_encoder`.
 
-    The alias is `source`, or the name of the .onnx file.
+    The alias is the last part of `source`, without .onnx.
 
     Raises:
         CleverZooError: If it cannot be found or loaded.
     """
-    alias = Path(source).stem if is_onnx_path(source) else source
+    alias = Path(source).stem if is_onnx_path(source) else source.rpartition("/")[2]
     if choose_runtime(source, runtime) == "torch":
         encoder = load_encoder(source, runtime="torch", device=device, threads=threads)
         return served_encoder(encoder, alias, "torch")

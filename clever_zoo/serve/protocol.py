@@ -1,5 +1,6 @@
 """KServe V2 / Open Inference Protocol: bodies of requests and answers, no HTTP server in it."""
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -135,7 +136,9 @@ def parse_request(
     tensor = request.inputs[0]
     _check_tensor(tensor, model.preprocess.input_size_px, max_images)
     binary = memoryview(body)[json_bytes:]
-    pixels = _json_pixels(tensor, binary) if tensor.data else _binary_pixels(tensor, binary)
+    pixels = (
+        _json_pixels(tensor, tensor.data, binary) if tensor.data else _binary_pixels(tensor, binary)
+    )
     return InferRequest(request.id, pixels.reshape(tensor.shape), _wanted_outputs(request, model))
 
 
@@ -186,7 +189,8 @@ def _check_tensor(tensor: _Input, size_px: int, max_images: int) -> None:
         )
     if tensor.shape[0] > max_images:
         raise RequestError(
-            f"{tensor.shape[0]} images in one request, at most {max_images} are taken; send several"
+            f"{_short(str(tensor.shape[0]))} images in one request, at most {max_images} are "
+            "taken; send several"
         )
 
 
@@ -204,25 +208,36 @@ def _binary_pixels(tensor: _Input, binary: memoryview) -> NDArray[np.uint8]:
     return np.frombuffer(binary, dtype=np.uint8)
 
 
-def _json_pixels(tensor: _Input, binary: memoryview) -> NDArray[np.uint8]:
+def _json_pixels(tensor: _Input, data: list[Any], binary: memoryview) -> NDArray[np.uint8]:
     if len(binary) or tensor.parameters.binary_data_size is not None:
         raise RequestError(f"{_INPUT} has 'data' and binary data; send one of them")
-    try:
-        values = np.asarray(tensor.data)
-    except ValueError as error:
-        raise RequestError(f"'data' is ragged: {_short(str(error))}; send a full array") from error
-    if values.dtype.kind not in "iu":
+    values, expected = _flat(data), math.prod(tensor.shape)
+    if len(values) != expected:
         raise RequestError(
-            f"'data' is read as {values.dtype}; UINT8 takes whole numbers 0..255, no fractions, "
-            "no NaN, no text"
+            f"'data' has {len(values)} values, shape {tensor.shape} takes {expected}"
         )
-    if values.min() < 0 or values.max() > 255:
-        raise RequestError(f"'data' runs from {values.min()} to {values.max()}; UINT8 takes 0..255")
-    if values.size != math.prod(tensor.shape):
+    # Before NumPy sees them: with text among them, it would make all as wide as the longest.
+    if others := {type(value).__name__ for value in values} - {"int"}:
         raise RequestError(
-            f"'data' has {values.size} values, shape {tensor.shape} takes {math.prod(tensor.shape)}"
+            f"'data' holds {', '.join(sorted(others))}; UINT8 takes whole numbers 0..255, "
+            "no fractions, no NaN, no text"
         )
-    return values.astype(np.uint8)
+    least, greatest = min(values), max(values)
+    if least < 0 or greatest > 255:
+        raise RequestError(
+            f"'data' runs from {_short(str(least))} to {_short(str(greatest))}; "
+            "UINT8 takes whole numbers 0..255"
+        )
+    return np.frombuffer(bytes(values), dtype=np.uint8)
+
+
+def _flat(data: list[Any]) -> list[Any]:
+    """Values without their nesting."""
+    while data and isinstance(data[0], list):
+        if {type(row) for row in data} != {list} or len({len(row) for row in data}) > 1:
+            raise RequestError("'data' is ragged; send a full array, or a flat one")
+        data = list(itertools.chain.from_iterable(data))
+    return data
 
 
 def _wanted_outputs(request: _Body, model: ServedModel) -> dict[str, bool]:

@@ -1,5 +1,6 @@
 """Runs the application: address, signals, drain."""
 
+import asyncio
 import ipaddress
 import logging
 import socket
@@ -8,10 +9,48 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from clever_zoo.serve.app import Service
 
 logger = logging.getLogger(__name__)
+
+
+class Connection(H11Protocol):
+    """A connection that ends when no request comes.
+
+    Uvicorn ends one that is silent after an answer. This ends those too that never ask, or never
+    finish the headers, or go on with a body that was refused.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Called by asyncio."""
+        super().connection_made(transport)
+        self._await_request()
+
+    def on_response_complete(self) -> None:
+        """Called by uvicorn after an answer."""
+        self._await_request()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by asyncio."""
+        super().connection_lost(exc)
+        self._stop_waiting()
+
+    def _await_request(self) -> None:
+        self._stop_waiting()
+        self._deadline = self.loop.call_later(self.timeout_keep_alive, self._end_without_request)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def _end_without_request(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.timeout_keep_alive_handler()
 
 
 class DrainingServer(uvicorn.Server):
@@ -23,11 +62,13 @@ class DrainingServer(uvicorn.Server):
     Args:
         app: From `create_app`.
         drain_timeout_s: Longest drain; requests that take longer are lost.
+        idle_timeout_s: How long a connection may take to its first request, or the next one, with
+            all its headers.
         access_log: Whether to log a line for each request.
         log_level: Of uvicorn's loggers.
 
     Attributes:
-        lost: Requests in work at the end, None before.
+        lost: Requests that the drain left in work.
     """
 
     def __init__(
@@ -35,18 +76,20 @@ class DrainingServer(uvicorn.Server):
         app: FastAPI,
         *,
         drain_timeout_s: float = 30.0,
+        idle_timeout_s: int = 10,
         access_log: bool = False,
         log_level: str = "warning",
     ) -> None:
         config = uvicorn.Config(
             app,
-            # httptools is faster and keeps headers of any length in memory.
-            http="h11",
+            # Of h11: httptools is faster and keeps headers of any length in memory.
+            http=Connection,
             ws="none",
             lifespan="on",
             access_log=access_log,
             log_level=log_level,
             server_header=False,
+            timeout_keep_alive=idle_timeout_s,
             timeout_graceful_shutdown=1,
         )
         super().__init__(config)

@@ -11,6 +11,7 @@ from clever_zoo.errors import DataError, ShapeError, SpecError
 from clever_zoo.files import replacing, write_atomic
 from clever_zoo.onnx_graph import OnnxGraph
 from clever_zoo.preprocess import check_batch_size
+from clever_zoo.serve import MAX_IMAGE_PIXELS
 from clever_zoo.spec import CLASSIFIER_KEY, ClassifierSpec, ModelSpec, PreprocessSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -46,9 +47,16 @@ backend: "python"
 max_batch_size: $max_batch_size
 input { name: "images" data_type: TYPE_STRING dims: [1] }
 output { name: "pixels" data_type: TYPE_UINT8 dims: $dims }
-# Processes that decode side by side.
+# Processes that decode side by side, each a request at a time.
 instance_group { kind: KIND_CPU count: 2 }
+dynamic_batching {
+  preferred_batch_size: 1
+  # More waiting requests are refused with 503, which bounds the memory.
+  default_queue_policy { max_queue_size: 256 }
+}
 parameters { key: "preprocess" value { string_value: $preprocess } }
+# Larger pictures are refused.
+parameters { key: "max_image_pixels" value { string_value: "$max_image_pixels" } }
 """)
 
 _ENSEMBLE = Template("""\
@@ -95,7 +103,7 @@ Written by `clever-zoo export ... --format triton`. Three of Triton's models mak
 
 Add `--gpus all` to use GPUs. Without clever-zoo the stock image serves `NAME` alone:
 `tritonserver --model-repository /models --model-control-mode explicit --load-model NAME`.
-Batching, queue, instances and warm-up are in each model's config.pbtxt.
+Batching, queue, instances, warm-up and the largest picture are in each model's config.pbtxt.
 """
 
 
@@ -142,6 +150,7 @@ def write_triton_repository(
     values = _config_values(opened, encoder.preprocess) | {
         "name": name,
         "max_batch_size": max_batch_size,
+        "max_image_pixels": MAX_IMAGE_PIXELS,
     }
     with replacing(repository / name / "1" / "model.onnx") as temporary:
         shutil.copyfile(graph, temporary)

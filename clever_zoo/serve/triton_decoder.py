@@ -20,8 +20,10 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the preprocessing from config.pbtxt."""
-        parameter = json.loads(args["model_config"])["parameters"]["preprocess"]
-        self.preprocess = PreprocessSpec.model_validate_json(parameter["string_value"])
+        parameters = json.loads(args["model_config"])["parameters"]
+        values = {name: value["string_value"] for name, value in parameters.items()}
+        self.preprocess = PreprocessSpec.model_validate_json(values["preprocess"])
+        self.max_pixels = int(values["max_image_pixels"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request by itself: a bad image fails its own request and no other."""
@@ -31,10 +33,11 @@ class TritonPythonModel:
         contents = triton.get_input_tensor_by_name(request, "images").as_numpy().ravel()
         size_px, resize_px = self.preprocess.input_size_px, self.preprocess.resize_px
         try:
-            squares = [
-                crop_pixels(decode_image(content, f"{len(content)} bytes", i), resize_px, size_px)
+            images = (
+                decode_image(content, f"{len(content)} bytes", i, max_pixels=self.max_pixels)
                 for i, content in enumerate(contents)
-            ]
+            )
+            squares = [crop_pixels(image, resize_px, size_px) for image in images]
         except ImageError as error:
             refusal = triton.TritonError(str(error), triton.TritonError.INVALID_ARG)
             return triton.InferenceResponse(error=refusal)

@@ -145,6 +145,8 @@ def test_parts_of_another_run_are_refused(run, pictures, tmp_path: Path) -> None
     interrupt(run)
     with pytest.raises(DataError, match="batch_size was 8 and is 4"):
         run(resume=True, batch_size=4)
+    with pytest.raises(DataError, match="decoder was 'pillow' and is 'fast'"):
+        run(resume=True, decoder="fast")
     other = PixelSlices()
     weights = SPEC.weights.model_copy(update={"sha256": "0" * 64})
     other.spec = SPEC.model_copy(update={"weights": weights})

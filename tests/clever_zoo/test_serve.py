@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +25,13 @@ from tritonclient.utils import InferenceServerException
 
 from bench.load import binary_request
 from clever_zoo import OnnxClassifier, OnnxEncoder, model_info
+from clever_zoo.errors import RequestError, SettingError
+from clever_zoo.preprocess import decode_image
 from clever_zoo.samples import sample_paths
+from clever_zoo.serve import decoder
 from clever_zoo.serve.app import Limits, create_app
 from clever_zoo.serve.model import ServedModel, load_served_model
-from clever_zoo.serve.protocol import HEADER_LENGTH
+from clever_zoo.serve.protocol import HEADER_LENGTH, parse_request
 from clever_zoo.serve.server import DrainingServer, open_socket
 
 NAME = "clever-resnet18.fmnist"
@@ -47,10 +51,10 @@ class Answer(NamedTuple):
 
 @contextmanager
 def serving(
-    model: ServedModel, limits: Limits = DEFAULTS, token: str | None = None
+    model: ServedModel, limits: Limits = DEFAULTS, token: str | None = None, **options: Any
 ) -> Iterator[str]:
-    """A service in a thread, as host:port."""
-    server = DrainingServer(create_app(model, limits, token), log_level="critical")
+    """A service in a thread, as host:port; options are those of the server."""
+    server = DrainingServer(create_app(model, limits, token), log_level="critical", **options)
     listening = open_socket("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -128,7 +132,8 @@ class SlowModel:
     def run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         self.batches.append(pixels[:, 0, 0, 0].tolist())
         assert self.go.wait(30)
-        return {"invariant": pixels[:, 0, 0, :1].astype(np.float32)}
+        first = pixels[:, 0, 0].astype(np.float32)
+        return {"invariant": first[:, :1], "equivariant": first[:, :0]}
 
     def wait_for_batches(self, count: int) -> None:
         deadline_s = time.monotonic() + 20
@@ -258,6 +263,7 @@ def test_torch_serves_a_model_without_a_graph(tmp_path: Path) -> None:
     with serving(model) as address:
         client = triton.InferenceServerClient(address)
         assert client.get_model_metadata("vit_tiny")["platform"] == "torch"
+        assert client.get_model_metadata(tmp_path.name)["name"] == "vit_tiny"  # of its folder
         result = client.infer("vit_tiny", [pixels_input(pixels)])
         file = send(
             address, "/embed", sample_paths()[0].read_bytes(), {"Content-Type": "image/png"}
@@ -290,6 +296,7 @@ def test_embed_answers_the_good_files_among_bad_ones(address, encoder) -> None:
     assert [image["name"] for image in images] == [name for name, _ in files]
     assert ["error" in image for image in images] == [False, True, True, True, False]
     assert "cannot be read as an image" in images[1]["error"]
+    assert " 0x" not in images[1]["error"]  # nor an address in memory
     assert "2000x1000 pixels, at most 1000000" in images[2]["error"]
     assert answer.json["model"] == NAME
     assert answer.json["sha256"] == encoder.spec.weights.sha256
@@ -309,6 +316,17 @@ def test_embed_takes_one_file_as_the_body(address, encoder) -> None:
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+def test_header_values_are_read_in_any_case(address: str) -> None:
+    picture = sample_paths()[0].read_bytes()
+    body, headers = form(("a.png", picture))
+    cased = {"Content-Type": headers["Content-Type"].replace("multipart/form", "Multipart/Form")}
+    for request in ((picture, {"Content-Type": "Image/PNG"}), (body, cased)):
+        assert send(address, "/embed", *request).status == 200
+    pixels, headers = binary_request(numbered(1))
+    packed = gzip.compress(pixels)
+    assert send(address, INFER, packed, headers | {"Content-Encoding": "GZip"}).status == 200
 
 
 @pytest.mark.parametrize(
@@ -363,12 +381,17 @@ BAD_TENSORS: dict[str, tuple[bytes, dict[str, str], int, str]] = {
     ),
     "nan": (tensor_json(data=[float("nan")] * 3072), {}, 400, "no NaN"),
     "fraction": (tensor_json(data=[0.5] * 3072), {}, 400, "whole numbers"),
-    "text": (tensor_json(data=["0"] * 3072), {}, 400, "no text"),
+    "text": (tensor_json(data=["0"] * 3072), {}, 400, "holds str; UINT8 takes whole numbers"),
+    "one text": (tensor_json(data=[0] * 3071 + ["0"]), {}, 400, "holds str"),
+    "truth": (tensor_json(data=[True] * 3072), {}, 400, "holds bool"),
     "too bright": (tensor_json(data=[256] * 3072), {}, 400, "from 256 to 256"),
-    "below zero": (tensor_json(data=[-1] * 3072), {}, 400, "takes 0..255"),
-    "huge number": (tensor_json(data=[10**30] * 3072), {}, 400, "whole numbers 0..255"),
+    "below zero": (tensor_json(data=[-1] * 3072), {}, 400, "from -1 to -1"),
+    "huge number": (tensor_json(data=[0] * 3071 + [10**999]), {}, 400, "whole numbers 0..255"),
     "too few": (tensor_json(data=[0] * 3071), {}, 400, "3071 values"),
     "ragged": (tensor_json(data=[[0], [0, 0]]), {}, 400, "ragged"),
+    "ragged inside": (tensor_json(data=[[0], 0]), {}, 400, "ragged"),
+    "mixed": (tensor_json(data=[0] * 3071 + [[0]]), {}, 400, "holds list"),
+    "empty rows": (tensor_json(data=[[], []]), {}, 400, "0 values"),
     "no data": (tensor_json(data=[]), {}, 400, "no data"),
     "deep": (b"[" * 100_000, {}, 400, "recursion limit"),
     "no json": (b"{", {}, 400, "Invalid JSON"),
@@ -409,6 +432,24 @@ def test_bad_tensors_are_refused_with_a_reason(address, kind) -> None:
     answer = send(address, INFER, body, headers)
     assert (answer.status, message in answer.json["error"]) == (status, True), answer.json
     assert len(answer.body) < 2000
+
+
+def test_long_text_among_numbers_takes_no_memory() -> None:
+    body = tensor_json(data=["a" * 10_000] + [0] * 3071)  # 40 KB of text for each of 3072 values
+    tracemalloc.start()
+    with pytest.raises(RequestError, match="holds str"):
+        parse_request(body, None, SlowModel().served, max_images=1)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 5e6
+
+
+@pytest.mark.parametrize("shape", [(3072,), (1, 3072), (1, 32, 32, 3)])
+def test_json_may_be_flat_or_nested(shape: tuple[int, ...]) -> None:
+    values = np.arange(3072, dtype=np.uint8)  # wraps round
+    body = tensor_json(data=values.reshape(shape).tolist())
+    pixels = parse_request(body, None, SlowModel().served, max_images=1).pixels
+    np.testing.assert_array_equal(pixels, values.reshape(1, 32, 32, 3))
 
 
 def test_a_chunked_body_over_the_limit_is_refused_while_it_arrives(address: str) -> None:
@@ -463,9 +504,18 @@ def test_a_wrong_token_is_refused_and_health_stays_open(onnx_models: Path) -> No
                 assert "Authorization: Bearer" in answer.json["error"]
             assert send(address, "/metrics", headers=wrong).status == 401
             assert send(address, "/v2", headers=wrong).status == 401
+            assert send(address, "/openapi.json", headers=wrong).status == 401
         right = {"Authorization": "Bearer sesame"}
         assert client.infer(NAME, [pixels_input(numbered(1))], headers=right)
         assert send(address, "/metrics", headers=right).status == 200
+        assert send(address, "/openapi.json", headers=right).status == 200
+
+
+@pytest.mark.parametrize("token", ["", " ", "secret\n", "two words", "süß"])
+def test_a_token_that_no_header_carries_is_refused(token: str) -> None:
+    with pytest.raises(SettingError, match=f"has {len(token)} characters") as refused:
+        create_app(SlowModel().served, token=token)
+    assert "secret" not in str(refused.value)
 
 
 def _with(request: tuple[bytes, dict[str, str]], headers: dict[str, str]) -> tuple[bytes, Any]:
@@ -557,6 +607,62 @@ def test_bodies_in_work_share_a_budget() -> None:
     assert statuses == [200, 200, 200, 200, 503]
 
 
+class SlowDecoder:
+    """Decodes only when told to, and notes the names of the files."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = threading.Event()
+        self.names: list[str] = []
+        monkeypatch.setattr(decoder, "decode_image", self.decode)
+        monkeypatch.setattr(decoder, "usable_cores", lambda: 1)
+
+    def decode(self, content: bytes, name: str, *args: Any, **options: Any) -> Image.Image:
+        self.names.append(name)
+        assert self.go.wait(30)
+        return decode_image(content, name, *args, **options)
+
+
+def test_decoding_refuses_what_is_too_much_and_stops_no_tensors(monkeypatch) -> None:
+    picture = sample_paths()[0].read_bytes()
+    slow, model = SlowDecoder(monkeypatch), SlowModel()
+    model.go.set()
+
+    def embed(*names: str) -> Answer:
+        return send(address, "/embed", *form(*((name, picture) for name in names)))
+
+    limits = Limits(max_queue=3)
+    with serving(model.served, limits) as address, ThreadPoolExecutor(4) as clients:
+        accepted = [clients.submit(embed, "a", "b")]
+        wait_for_metric(address, "clever_zoo_decoding_files", 2)
+        refused = [embed("c", "d")]  # its two files do not fit
+        accepted.append(clients.submit(embed, "e"))
+        wait_for_metric(address, "clever_zoo_decoding_files", 3)
+        refused.append(embed("f"))
+        assert infer_numbered(address, 1).status == 200
+        for answer, count in zip(refused, (2, 3), strict=True):
+            assert answer.status == 503
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert f"{count} files are being decoded, 3 may" in answer.json["error"]
+        slow.go.set()
+        assert [future.result().status for future in accepted] == [200, 200]
+        assert embed("g", "h", "i").status == 200
+    assert slow.names == ["a", "b", "e", "g", "h", "i"]
+
+
+def test_files_of_a_client_that_hung_up_are_not_decoded(monkeypatch) -> None:
+    slow, model = SlowDecoder(monkeypatch), SlowModel()
+    files = [(name, sample_paths()[0].read_bytes()) for name in "abcd"]
+    with serving(model.served) as address:
+        leaving = raw_request(address, *form(*files), path="/embed")
+        wait_for_metric(address, "clever_zoo_decoding_files", 4)
+        leaving.close()
+        wait_for_metric(address, "clever_zoo_decoding_files", 0)
+        assert metric(address, 'clever_zoo_requests_total{handler="embed",status="499"}') == 1
+        slow.go.set()
+    assert slow.names == ["a"]
+    assert model.batches == []
+
+
 def test_work_of_a_client_that_hung_up_is_dropped() -> None:
     model = SlowModel()
     limits = Limits(max_batch=1, max_delay_s=0.0)
@@ -577,12 +683,12 @@ def test_work_of_a_client_that_hung_up_is_dropped() -> None:
 
 
 def raw_request(
-    address: str, body: bytes, headers: Mapping[str, str], *, cut: int = 0
+    address: str, body: bytes, headers: Mapping[str, str], *, cut: int = 0, path: str = INFER
 ) -> socket.socket:
     """Send a request by hand, without its last `cut` bytes, and leave the connection open."""
     host, port = address.split(":")
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n{lines}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n{lines}\r\n"
     connection = socket.create_connection((host, int(port)))
     connection.sendall(head.encode() + body[: len(body) - cut])
     return connection
@@ -609,6 +715,47 @@ def test_a_body_that_does_not_arrive_is_given_up() -> None:
         connection.close()
     assert b" 408 " in answer
     assert b"did not arrive within 0.2 s" in answer
+
+
+def test_a_connection_without_a_request_is_closed() -> None:
+    model = SlowModel()
+    ask = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n"
+    with serving(model.served, idle_timeout_s=1) as address, ThreadPoolExecutor(4) as clients:
+        host, port = address.split(":")
+        asked = clients.submit(infer_numbered, address, 1)
+        silent, dripping, again = (socket.create_connection((host, int(port))) for _ in range(3))
+        again.sendall(ask + b"\r\n" + ask)  # a whole request, and one without its end
+        ended = [clients.submit(read_to_end, silent), clients.submit(read_to_end, again)]
+        with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
+            drip(dripping, ask)
+        assert ended[0].result() == b""
+        assert ended[1].result().count(b"200 OK") == 1
+        # A request in work may take longer.
+        model.go.set()
+        assert asked.result().status == 200
+
+
+def test_a_refused_body_cannot_keep_its_connection() -> None:
+    with serving(SlowModel().served, Limits(max_body_bytes=100), idle_timeout_s=1) as address:
+        connection = raw_request(address, bytes(10_000), {}, cut=9999)
+        assert b" 413 " in connection.recv(65536)
+        with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
+            drip(connection, b"")
+
+
+def drip(connection: socket.socket, start: bytes) -> None:
+    """Send a byte now and then for as long as the service lets us."""
+    connection.sendall(start)
+    deadline_s = time.monotonic() + 15
+    while time.monotonic() < deadline_s:
+        connection.sendall(b"x")
+        time.sleep(0.05)
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    connection.settimeout(15)
+    with connection, connection.makefile("rb") as stream:
+        return stream.read()
 
 
 def test_a_model_that_fails_is_a_500_and_the_service_goes_on() -> None:

@@ -1,5 +1,6 @@
 """`clever-zoo serve` as a process: start, signals, memory, load from another process."""
 
+import io
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import clever_zoo
@@ -20,6 +22,7 @@ from bench.load import (
     load_from_another_process,
     running_server,
 )
+from clever_zoo import cli
 from clever_zoo.cli import app
 from clever_zoo.samples import sample_paths
 from tests.clever_zoo.test_serve import (
@@ -136,6 +139,26 @@ def test_an_open_address_without_a_token_is_warned_about(graph: str) -> None:
     assert "anyone who reaches 0.0.0.0 can use this; set CLEVER_ZOO_TOKEN" in errors
 
 
+@pytest.mark.parametrize("arguments", [["--token", ""], []])
+def test_an_empty_token_is_refused(graph: str, arguments: list[str]) -> None:
+    result = runner.invoke(app, ["serve", graph, *arguments], env={"CLEVER_ZOO_TOKEN": ""})
+    assert result.exit_code == 2
+    assert "the token has 0 characters" in result.output
+
+
+def test_limits_of_pictures_and_slow_bodies_are_options(graph: str) -> None:
+    picture = io.BytesIO()
+    Image.new("L", (1200, 1000)).save(picture, "PNG")
+    arguments = (graph, "--threads", "1", "--max-image-mpx", "1", "--body-timeout-s", "0.2")
+    with running_server(*arguments) as (address, _):
+        large = send(address, "/embed", picture.getvalue(), {"Content-Type": "image/png"})
+        stalled = raw_request(address, *binary_request(numbered(1)), cut=1)
+        slow = stalled.recv(65536)
+        stalled.close()
+    assert "1200x1000 pixels, at most 1000000" in large.json["images"][0]["error"]
+    assert b" 408 " in slow
+
+
 def test_a_taken_port_or_a_missing_model_is_said_in_a_line(graph: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -147,10 +170,25 @@ def test_a_taken_port_or_a_missing_model_is_said_in_a_line(graph: str, tmp_path:
     assert "clever-zoo export" in result.output
 
 
+def shown_help(command: str) -> str:
+    return runner.invoke(app, [command, "--help"], terminal_width=1000).output
+
+
 def test_help_teaches_with_examples() -> None:
-    result = runner.invoke(app, ["serve", "--help"], terminal_width=120)
-    assert "curl -F a=@shoe.png" in result.output
-    assert "tritonclient" in result.output
+    shown = [line.strip() for line in shown_help("serve").splitlines()]
+    for line in (
+        "curl -F a=@shoe.png -F b=@shirt.jpg localhost:8000/embed",
+        "From Python, with tritonclient[http]:",
+        'pixels = tritonclient.http.InferInput("pixels", [1, 32, 32, 3], "UINT8")',
+        'client.infer("clever-resnet18", [pixels]).as_numpy("invariant")',
+    ):
+        assert line in shown
+
+
+@pytest.mark.parametrize("command", ["embed", "compare", "convert", "export", "verify", "serve"])
+def test_help_swallows_no_word(command: str) -> None:
+    text = getattr(cli, command).__doc__.replace("\b", "")
+    assert " ".join(text.split()) in " ".join(shown_help(command).split())
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The written model repository, without a server; test_triton_server.py has a real Triton."""
 
+import io
 import re
 import runpy
 import sys
@@ -10,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 from google.protobuf import json_format, text_format
+from PIL import Image
 from tritonclient.grpc.model_config_pb2 import (
     TYPE_FP32,
     TYPE_UINT8,
@@ -86,6 +88,16 @@ def test_model_config_batches_and_warms_up(graph: Path, tmp_path: Path) -> None:
         assert (sample.data_type, list(sample.dims)) == (TYPE_UINT8, [32, 32, 3])
 
 
+def test_decoder_has_a_bounded_queue_and_decodes_side_by_side(repository: Path) -> None:
+    decoder = read_configs(repository)[f"{NAME}-decode"]
+    assert decoder.dynamic_batching.default_queue_policy.max_queue_size > 0
+    # Else one process would take all that waits, and the other none.
+    assert list(decoder.dynamic_batching.preferred_batch_size) == [1]
+    assert [(group.kind, group.count) for group in decoder.instance_group] == [
+        (ModelInstanceGroup.KIND_CPU, 2)
+    ]
+
+
 def test_ensemble_joins_decoder_and_model(repository: Path) -> None:
     configs = read_configs(repository)
     model, decoder, ensemble = (configs[NAME + suffix] for suffix in ("", "-decode", "-jpeg"))
@@ -130,8 +142,10 @@ def test_decoder_gives_the_pixels_and_refuses_only_the_bad_request(
 
     paths = sample_paths()[:3]
     good = [path.read_bytes() for path in paths]
-    requests = [good[:2], [good[0], b"no image"], good[2:]]
-    first, refused, last = decoder.execute(
+    bomb = io.BytesIO()
+    Image.new("L", (5001, 5000)).save(bomb, "PNG")
+    requests = [good[:2], [good[0], b"no image"], [bomb.getvalue()], good[2:]]
+    first, refused, too_large, last = decoder.execute(
         [{"images": np.array(r, dtype=object)[:, None]} for r in requests]
     )
     preprocess = clever_zoo.model_info(NAME).preprocess
@@ -140,6 +154,7 @@ def test_decoder_gives_the_pixels_and_refuses_only_the_bad_request(
     assert [name for name, _ in answers] == ["pixels", "pixels"]
     assert np.array_equal(np.concatenate([pixels for _, pixels in answers]), expected)
     assert "image 1 (8 bytes)" in refused.error.args[0]
+    assert "5001x5000 pixels, at most 25000000" in too_large.error.args[0]
     assert refused.error.args[1] == triton.TritonError.INVALID_ARG
 
 

@@ -247,7 +247,7 @@ def test_card_holds_protocols_digests_and_where(record: Record) -> None:
     card = render_card(spec, record)
     for text in (
         f"# {NAME}",
-        "## Good for, and not",
+        "## Use and misuse",
         "- `knn`: how knn works.",
         "- `cj_r`: CJ+R: both.",
         "Some CPU, torch 2.15, Python 3.11, commit `dddddddddddd`",

