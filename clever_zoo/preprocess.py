@@ -98,7 +98,7 @@ def _image_errors(name: str, index: int) -> Iterator[None]:
     except UnidentifiedImageError as error:
         reason = f"cannot be read as an image: it is none of {', '.join(IMAGE_FORMATS)}"
         raise ImageError(name, index, reason) from error
-    except Exception as error:  # noqa: BLE001, see above
+    except Exception as error:
         reason = f"cannot be read as an image: {str(error) or type(error).__name__}"
         raise ImageError(name, index, reason) from error
 
