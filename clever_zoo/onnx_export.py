@@ -226,6 +226,7 @@ class _Calibration(CalibrationDataReader):
 def _quantize_static(
     graph: onnx.ModelProto, images: Iterable[ImageInput], p: PreprocessSpec, input: GraphInput
 ) -> onnx.ModelProto:
+    calibration = _Calibration(images, p, input)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         traced, prepared, quantized = (Path(folder, f"{i}.onnx") for i in range(3))
         onnx.save(graph, traced)
@@ -233,7 +234,7 @@ def _quantize_static(
         quantize_static(
             prepared,
             quantized,
-            _Calibration(images, p, input),
+            calibration,
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
