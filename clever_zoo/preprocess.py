@@ -44,7 +44,8 @@ def load_image(source: ImageInput, index: int = 0) -> Image.Image:
     EXIF orientation is applied, transparency is laid on white, 16-bit grey is divided by 257.
 
     Args:
-        source: A path, a PIL image of any common mode, or an (H, W, 3) uint8 RGB array.
+        source: The path of a file in one of `IMAGE_FORMATS`, a PIL image of any common mode, or
+            an (H, W, 3) uint8 RGB array.
         index: Position in the caller's batch, for the error message.
 
     Raises:
