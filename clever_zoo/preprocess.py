@@ -97,7 +97,7 @@ def _image_errors(name: str, index: int) -> Iterator[None]:
     except FileNotFoundError as error:
         raise ImageError(name, index, "no such file") from error
     except UnidentifiedImageError as error:
-        reason = f"cannot be read as an image: it is none of {', '.join(IMAGE_FORMATS)}"
+        reason = f"cannot be read as an image: it is no valid {', '.join(IMAGE_FORMATS)}"
         raise ImageError(name, index, reason) from error
     except Exception as error:
         reason = f"cannot be read as an image: {str(error) or type(error).__name__}"

@@ -133,7 +133,7 @@ def test_other_formats_are_not_opened(tmp_path: Path, kind: str) -> None:
     """Ghostscript would run an EPS file; an ICO file is decoded when it is opened."""
     path = tmp_path / "picture.jpg"
     picture(32, 32).save(path, kind)
-    with pytest.raises(ImageError, match="it is none of BMP, GIF, JPEG"):
+    with pytest.raises(ImageError, match="it is no valid BMP, GIF, JPEG"):
         load_image(path)
 
 
