@@ -341,8 +341,8 @@ def export(
     """Write a model as one self-contained ONNX file, or with it a model repository for Triton.
 
     Input `pixels`, outputs `invariant` and `equivariant` (`logits` of a classifier); the batch is
-    dynamic. A graph that does not give torch's values is not written. Needs the extra [export];
-    to run the file, [onnx] is enough.
+    dynamic. A graph that does not give torch's values is not written. Needs the extras export
+    and onnx; to run the file, onnx is enough.
 
     \b
     Examples:

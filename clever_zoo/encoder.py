@@ -136,6 +136,14 @@ class Encoder(nn.Module, ImageEmbedder, PushToHub):
             halves = self(self._to_tensor(pixels))
             return Embedding(*(half.float().cpu().numpy() for half in halves))
 
+    def digests(self) -> dict[str, str]:
+        """`sha256` of the weights as they are now, trained or not.
+
+        Raises:
+            NonFiniteError: If one is not finite.
+        """
+        return {"sha256": current_weights(self.stored_module(), self.spec.weights).sha256}
+
     def _to_tensor(self, pixels: NDArray[np.uint8]) -> Tensor:
         device = next(self.parameters()).device
         return torch.from_numpy(normalize_pixels(pixels, self.spec.preprocess)).to(device)

@@ -89,13 +89,18 @@ def verify_listed(path: Path, name: str, sums: dict[str, str]) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to, renamed to `path` in one step if nothing was raised.
+def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """A temporary file to write to, renamed to `path` in one step if nothing was raised.
 
     Readers see the old file or the whole new one, never a part.
+
+    Args:
+        path: Target.
+        folder: Where the temporary file lies, on the same file system; None for beside `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = folder or path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
         yield temporary
         with temporary.open("rb") as file:

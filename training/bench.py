@@ -27,7 +27,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from bench.timing import canary_gflops, photograph, seconds, summary
+from bench.record import Spread
+from bench.timing import canary_gflops, photograph, seconds
 from clever_zoo.backbones import list_backbones
 from clever_zoo.cli import fail
 from clever_zoo.encoder import usable_device
@@ -162,7 +163,10 @@ def views(
             "title": f"{style} {strength}: 2 x {global_size} + {local_views} x {local_size} px",
             "settings": settings | {"image_size_px": image_size, "batch": batch},
             "environment": environment(device),
-            "summary": summary(figures),
+            "summary": {
+                name: Spread.of([each[name] for each in figures]).model_dump()
+                for name in figures[0]
+            },
             "rounds": figures,
         }
         if json_path is not None:
