@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from enum import StrEnum
 from importlib.metadata import version
@@ -241,23 +241,20 @@ def serve(bench: Bench) -> Rows:
     """`clever-zoo serve` under clients of another process, beside the session alone."""
     backbone = "resnet50" if "resnet50" in bench.size.backbones else bench.size.backbones[0]
     clients = bench.size.clients
-    pairs: list[tuple[float, float]] = []
 
-    def once() -> float:
-        report = compare_with_session(
+    def once() -> tuple[float, float]:
+        load, session_images_per_s = compare_with_session(
             bench.graph(backbone),
-            rounds=1,
             clients=clients,
             requests=bench.size.requests,
             batch=bench.size.batch,
         )
-        if report.errors:
-            raise RuntimeError(f"{report.errors} requests failed under load")
-        pairs.append((report.served.images_per_s, report.session_images_per_s))
-        return report.ratio
+        if load.errors:
+            raise RuntimeError(f"{load.errors} requests failed under load")
+        return load.images_per_s, session_images_per_s
 
-    _, canaries = take_turns({"serve": once}, bench.rounds)
-    served, alone = zip(*pairs[1:], strict=True)
+    rates, canaries = take_turns({"serve": once}, bench.rounds)
+    served, alone = zip(*rates["serve"], strict=True)
     subject = f"serve {backbone} fp32, {clients} clients"
     row = Row.of("serve", subject, "session alone", "images/s", served, alone, 0.85)
     return [row], canaries
@@ -276,25 +273,21 @@ print(json.dumps([ready, int(line.split()[1]) / 1024]))
 def startup(bench: Bench) -> Rows:
     """A new process until the runtime is imported: time, and resident memory."""
 
-    def fresh(imports: str) -> Iterator[float]:
+    def fresh(imports: str) -> tuple[float, float]:
         command = [sys.executable, "-c", _STARTUP.format(imports=imports)]
-        yield from json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        printed = subprocess.run(command, capture_output=True, check=True).stdout
+        time_s, size_mb = json.loads(printed)
+        return time_s, size_mb
 
-    measured: dict[str, list[tuple[float, ...]]] = {"ours": [], "timm": []}
-
-    def work(name: str, imports: str) -> float:
-        measured[name].append(tuple(fresh(imports)))
-        return measured[name][-1][0]
-
-    _, canaries = take_turns(
+    measured, canaries = take_turns(
         {
-            "ours": lambda: work("ours", "from clever_zoo import OnnxEncoder"),
-            "timm": lambda: work("timm", "import timm"),
+            "ours": lambda: fresh("from clever_zoo import OnnxEncoder"),
+            "timm": lambda: fresh("import timm"),
         },
         bench.rounds,
     )
     times, sizes = (
-        [[figures[column] for figures in measured[name][1:]] for name in ("ours", "timm")]
+        [[figures[column] for figures in measured[name]] for name in ("ours", "timm")]
         for column in (0, 1)
     )
     return [

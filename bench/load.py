@@ -7,9 +7,9 @@ python -m bench.load --at localhost:8000 --size-px 224 --model NAME    the load 
 import argparse
 import http.client
 import json
+import math
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -30,32 +30,16 @@ class LoadReport(NamedTuple):
     """What the clients saw.
 
     Attributes:
-        images_per_s: Images answered.
-        p50_ms, p99_ms: Time of a request, from the client's side.
-        requests: Number of answers.
-        errors: Answers that were no embedding, and broken connections; any status but 200.
+        images_per_s: Images embedded.
+        p50_ms, p99_ms: Time of a request that was answered, from the client's side; NaN if none.
+        requests: Requests answered with status 200.
+        errors: Other answers, and broken connections.
     """
 
     images_per_s: float
     p50_ms: float
     p99_ms: float
     requests: int
-    errors: int
-
-
-class ServingReport(NamedTuple):
-    """Service and raw session in turns, medians over the rounds.
-
-    Attributes:
-        served: The load's report of the round with the median rate.
-        session_images_per_s: Of ONNX Runtime alone, at the same batch size.
-        ratio: Median of each round's served rate / session rate.
-        errors: Over all rounds.
-    """
-
-    served: LoadReport
-    session_images_per_s: float
-    ratio: float
     errors: int
 
 
@@ -92,7 +76,7 @@ def run_load(
     times_ms: list[float] = []
     errors: list[str] = []
 
-    def send(connection: http.client.HTTPConnection) -> None:
+    def send(connection: http.client.HTTPConnection) -> bool:
         try:
             connection.request("POST", f"/v2/models/{model}/infer", body, headers)
             response = connection.getresponse()
@@ -100,9 +84,10 @@ def run_load(
         except (OSError, http.client.HTTPException) as error:
             errors.append(repr(error))
             connection.close()
-            return
+            return False
         if response.status != 200:
             errors.append(f"{response.status} {content[:200]!r}")
+        return response.status == 200
 
     def client() -> None:
         connection = http.client.HTTPConnection(address, timeout=300)
@@ -110,8 +95,8 @@ def run_load(
         start.wait()
         for _ in range(requests):
             sent_s = time.perf_counter()
-            send(connection)
-            times_ms.append((time.perf_counter() - sent_s) * 1e3)
+            if send(connection):
+                times_ms.append((time.perf_counter() - sent_s) * 1e3)
         connection.close()
 
     threads = [threading.Thread(target=client) for _ in range(clients)]
@@ -124,7 +109,7 @@ def run_load(
     elapsed_s = time.perf_counter() - start_s
     for line in sorted(set(errors))[:5]:
         print(line, file=sys.stderr)
-    p50_ms, p99_ms = map(float, np.percentile(times_ms, [50, 99]))
+    p50_ms, p99_ms = map(float, np.percentile(times_ms or [math.nan], [50, 99]))
     rate = (len(times_ms) * images_per_request) / elapsed_s
     return LoadReport(rate, p50_ms, p99_ms, len(times_ms), len(errors))
 
@@ -169,25 +154,21 @@ def session_rate(encoder: OnnxEncoder, batch: int, batches: int) -> float:
 
 
 def compare_with_session(
-    graph: Path, *, rounds: int = 3, clients: int = 64, requests: int = 8, batch: int = 32
-) -> ServingReport:
-    """Serve a uint8 graph under load and run its session alone, in turns on the same machine."""
+    graph: Path, *, clients: int = 64, requests: int = 8, batch: int = 32
+) -> tuple[LoadReport, float]:
+    """Serve a uint8 graph under load, and run its session alone on the same machine.
+
+    Returns:
+        What the clients saw, and the session's images/s at the same batch size.
+    """
     encoder = OnnxEncoder.from_pretrained(graph, providers=["CPUExecutionProvider"])
     size_px = encoder.spec.preprocess.input_size_px
-    pairs = []
     with running_server(str(graph), "--max-batch", str(batch)) as (address, _):
-        for _ in range(rounds):
-            alone = session_rate(encoder, batch, clients * requests // batch)
-            served = load_from_another_process(
-                address, graph.stem, size_px, clients=clients, requests=requests
-            )
-            pairs.append((served, alone))
-    return ServingReport(
-        sorted(served for served, _ in pairs)[rounds // 2],
-        statistics.median(alone for _, alone in pairs),
-        statistics.median(served.images_per_s / alone for served, alone in pairs),
-        sum(served.errors for served, _ in pairs),
-    )
+        alone = session_rate(encoder, batch, math.ceil(clients * requests / batch))
+        served = load_from_another_process(
+            address, graph.stem, size_px, clients=clients, requests=requests
+        )
+    return served, alone
 
 
 def main() -> None:
@@ -202,8 +183,10 @@ def main() -> None:
     parser.add_argument("--images-per-request", type=int, default=1)
     a = parser.parse_args()
     if a.graph is not None:
-        report = compare_with_session(a.graph, clients=a.clients, requests=a.requests)
-        print(json.dumps(report._asdict() | {"served": report.served._asdict()}, indent=2))
+        served, alone = compare_with_session(a.graph, clients=a.clients, requests=a.requests)
+        ratio = served.images_per_s / alone
+        report = {"served": served._asdict(), "session_images_per_s": alone, "ratio": ratio}
+        print(json.dumps(report, indent=2))
         return
     load = run_load(
         a.at,

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping
-from statistics import median
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
 CANARY_SIZE = 512
+Figure = TypeVar("Figure")
 
 
 def photograph(seed: int, size: int) -> Image.Image:
@@ -38,25 +39,19 @@ def canary_gflops(device: str) -> float:
     return 2 * CANARY_SIZE**3 / min(seconds(lambda: a @ a, device) for _ in range(3)) / 1e9
 
 
-def summary(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Median, least and greatest of each column."""
-    columns = {name: [r[name] for r in rounds] for name in rounds[0]}
-    return {k: {"median": median(v), "min": min(v), "max": max(v)} for k, v in columns.items()}
-
-
 def take_turns(
-    works: Mapping[str, Callable[[], float]], rounds: int
-) -> tuple[dict[str, list[float]], list[float]]:
+    works: Mapping[str, Callable[[], Figure]], rounds: int
+) -> tuple[dict[str, list[Figure]], list[float]]:
     """Measure each work once per round, one after the other, after a round that does not count.
 
     Args:
-        works: Name -> call that returns a figure, such as its own seconds.
+        works: Name -> call that returns a figure, such as its own seconds, or several.
         rounds: Counted rounds.
 
     Returns:
         Figures of each work by round, and the canary's GFLOP/s of each round.
     """
-    figures: dict[str, list[float]] = {name: [] for name in works}
+    figures: dict[str, list[Figure]] = {name: [] for name in works}
     canaries = []
     for number in range(rounds + 1):
         canary = canary_gflops("cpu")

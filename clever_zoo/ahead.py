@@ -12,7 +12,12 @@ Result = TypeVar("Result")
 
 
 def map_ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    threads: int,
+    ahead: int,
+    at_once: Callable[[Item], bool] = lambda item: False,
 ) -> Iterator[Result]:
     """Like `map`, with up to `ahead` results computed in threads before they are asked for.
 
@@ -21,6 +26,7 @@ def map_ahead(
         items: Read lazily, in the caller's thread.
         threads: Number of worker threads; with 0 it is `map`.
         ahead: Results that may wait, at least 1; it bounds the memory.
+        at_once: Which items are worked on in the caller's thread, before the next one is read.
     """
     if threads < 1:
         yield from map(function, items)
@@ -28,15 +34,28 @@ def map_ahead(
     pending: deque[Future[Result]] = deque()
     iterator = iter(items)
     with ThreadPoolExecutor(threads, thread_name_prefix="ahead") as pool:
+
+        def start(item: Item) -> Future[Result]:
+            return _done(function, item) if at_once(item) else pool.submit(function, item)
+
         try:
-            pending.extend(pool.submit(function, item) for item in islice(iterator, ahead))
+            pending.extend(map(start, islice(iterator, ahead)))
             while pending:
                 result = pending.popleft().result()
-                pending.extend(pool.submit(function, item) for item in islice(iterator, 1))
+                pending.extend(map(start, islice(iterator, 1)))
                 yield result
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _done(function: Callable[[Item], Result], item: Item) -> Future[Result]:
+    future: Future[Result] = Future()
+    try:
+        future.set_result(function(item))
+    except Exception as error:  # noqa: BLE001, raised when its turn comes
+        future.set_exception(error)
+    return future
 
 
 def usable_cores() -> int:

@@ -22,6 +22,7 @@ from clever_zoo.bulk_parts import Chunk, Part, PartFolder
 from clever_zoo.embedder import ImageEmbedder, Progress
 from clever_zoo.embedding import join_batches
 from clever_zoo.errors import DataError, ImageError
+from clever_zoo.files import replacing
 from clever_zoo.preprocess import (
     IMAGE_SUFFIXES,
     Decoder,
@@ -76,9 +77,10 @@ class BulkReport(NamedTuple):
 def find_images(inputs: Iterable[str | Path]) -> Iterator[Path]:
     """Expand folders (recursively), glob patterns and files into image paths, each once.
 
-    A folder gives the files whose suffix is an image's, sorted; a file named outright is always
-    taken. Memory holds the names in one folder at a time, and with several inputs 16 bytes for
-    each path to know it again.
+    A folder gives the files whose suffix is an image's, sorted; links to folders in it are not
+    followed. A file named outright is always taken. A file is known again by its absolute path,
+    so that a link counts as another. Memory holds the names in one folder at a time, all matches
+    of a glob pattern, and with several inputs 16 bytes for each path.
 
     Raises:
         DataError: If an input does not exist or nothing is found.
@@ -123,7 +125,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _distinct(paths: Iterable[Path]) -> Iterator[Path]:
     seen = set()
     for path in paths:
-        digest = hashlib.blake2b(os.fsencode(path), digest_size=16).digest()
+        digest = hashlib.blake2b(os.fsencode(path.absolute()), digest_size=16).digest()
         if digest not in seen:
             seen.add(digest)
             yield path
@@ -146,11 +148,12 @@ def embed_files(
 
     Columns (or arrays) `path`, `invariant` and `equivariant`; the model's full name, the digest
     of its weights, the precision it ran in and the decoder are in the Parquet schema's metadata,
-    or in the arrays `model`, `sha256`, `precision` and `decoder`. Memory does not grow with the
-    number of files, except that a .npz is put together in memory.
+    or in the arrays `model`, `sha256`, `precision` and `decoder`; for ONNX the digest of the file
+    is in `graph_sha256`. Memory does not grow with the number of files, except that a .npz is put
+    together in memory.
 
     What is done is kept in parts in the folder `.NAME.parts` beside the output, until all is and
-    the output is made of them.
+    the output is made of them. One run at a time may write an output: it holds `.NAME.lock`.
 
     Args:
         paths: The images, read lazily.
@@ -170,7 +173,8 @@ def embed_files(
 
     Raises:
         ImageError: With on_error="raise".
-        DataError: If `out` has another suffix or is a folder, or the interrupted run was another.
+        DataError: If `out` has another suffix or is a folder, another run is writing it, or the
+            interrupted run was another.
         BackendMissingError: If pyarrow is missing for Parquet, or simplejpeg or torch for the
             fast decoder.
         ShapeError: If `batch_size` is under 1.
@@ -180,7 +184,6 @@ def embed_files(
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = _metadata(encoder, decoder)
     folder = PartFolder(out, metadata | _settings(encoder, batch_size))
-    folder.open(resume=resume)
     done = resumed = count = 0
 
     def missing() -> Iterator[Chunk]:
@@ -201,18 +204,18 @@ def embed_files(
 
     run = engine or functools.partial(embed_chunks, encoder)
     options = Options(batch_size, threads, on_error, decoder)
-    try:
-        for number, content in run(missing(), options, advance):
-            folder.save(number, content)
-        unreadable, errors_path = _write_errors(folder, count, out)
-        with folder.building(out) as temporary:
-            written = write(
-                temporary, folder.parts(count), encoder.spec, _metadata(encoder, decoder)
-            )
-        folder.remove()
-    finally:
-        if folder.path.exists():
-            logger.warning("what is done is kept in %s, resume goes on from there", folder.path)
+    with folder.locked():
+        folder.open(resume=resume)
+        try:
+            for number, content in run(missing(), options, advance):
+                folder.save(number, content)
+            unreadable, errors_path = _write_errors(folder, count, out)
+            with replacing(out, folder.path) as temporary:
+                written = write(temporary, folder.parts(count), encoder.spec, metadata)
+            folder.remove()
+        finally:
+            if folder.path.exists():
+                logger.warning("what is done is kept in %s, resume goes on from there", folder.path)
     return BulkReport(written, unreadable, resumed, errors_path)
 
 
@@ -234,10 +237,9 @@ def _settings(encoder: ImageEmbedder, batch_size: int) -> dict[str, object]:
 
 
 def _metadata(encoder: ImageEmbedder, decoder: Decoder) -> dict[str, str]:
-    weights = encoder.spec.weights
     return {
         "model": encoder.spec.name,
-        "sha256": weights.sha256 if weights else "",
+        **encoder.digests(),
         "precision": encoder.precision,
         "decoder": decoder,
     }
@@ -245,15 +247,17 @@ def _metadata(encoder: ImageEmbedder, decoder: Decoder) -> dict[str, str]:
 
 def _write_errors(folder: PartFolder, count: int, out: Path) -> tuple[int, Path | None]:
     path = out.with_suffix(".errors.jsonl")
+    errors = folder.errors(count)
+    first = next(errors, None)
+    if first is None:
+        path.unlink(missing_ok=True)
+        return 0, None
     lines = 0
-    with folder.building(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for line in folder.errors(count):
+    with replacing(path, folder.path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for line in itertools.chain([first], errors):
             file.write(f"{line}\n")
             lines += 1
-    if lines:
-        return lines, path
-    path.unlink()
-    return 0, None
+    return lines, path
 
 
 class _Loaded(NamedTuple):

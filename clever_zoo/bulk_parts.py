@@ -9,16 +9,17 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from clever_zoo.embedding import Embedding
 from clever_zoo.errors import DataError, ImageError
-from clever_zoo.files import replacing, write_atomic
+from clever_zoo.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,29 @@ class PartFolder:
         self.path = out.with_name(f".{out.name}.parts")
         self._settings = json.loads(json.dumps(settings))
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs away from the folder and the output.
+
+        Raises:
+            DataError: If another run is at work there.
+        """
+        path = self.path.with_suffix(".lock")
+        lock = FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise DataError(
+                f"another run holds {path} and writes the same output; wait until it is done, or "
+                "name another output"
+            ) from error
+        try:
+            yield
+        finally:
+            with suppress(PermissionError):  # Windows deletes no open file
+                path.unlink(missing_ok=True)
+            lock.release()
+
     def open(self, *, resume: bool) -> None:
         """Check the parts of an earlier run, or remove them.
 
@@ -148,14 +172,6 @@ class PartFolder:
         """Read the error lines of the first `count` chunks."""
         for number in range(count):
             yield from _read(self._part_path(number), "error")["error"].tolist()
-
-    @contextmanager
-    def building(self, target: Path) -> Iterator[Path]:
-        """As `files.replacing`, but what a kill leaves behind lies in this folder."""
-        whole = self.path / target.name
-        with replacing(whole) as temporary:
-            yield temporary
-        whole.replace(target)
 
     def remove(self) -> None:
         """Delete the folder and all that is in it."""

@@ -20,10 +20,11 @@ from clever_zoo.encoder import (
     usable_device,
 )
 from clever_zoo.errors import BackendMissingError, SpecError, WeightsMismatchError
-from clever_zoo.files import write_atomic
+from clever_zoo.files import SUMS_FILENAME, write_atomic
 from clever_zoo.locate import describes_classifier, locate_classifier
 from clever_zoo.preprocess import ImageInput, normalize_pixels, pixel_batches
 from clever_zoo.spec import CLASSIFIER_KEY, CONFIG_FILENAME, ClassifierSpec, WeightFile
+from clever_zoo.upload import PushToHub
 
 try:
     import torch
@@ -37,7 +38,7 @@ NAME_SUFFIX = "-classifier"
 HEAD_STD = 0.01
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Module, PushToHub):
     """Pixels to logits; made by `create_classifier` or `Classifier.from_pretrained`.
 
     Args:
@@ -56,6 +57,8 @@ class Classifier(nn.Module):
     classifiers read the [CLS] tokens of four blocks; this one reads the encoder's own features,
     those of the last block alone (intended difference).
     """
+
+    _loader = "clever_zoo.Classifier.from_pretrained"
 
     def __init__(
         self, spec: ClassifierSpec, encoder: Encoder | None = None, *, freeze_encoder: bool = False
@@ -187,6 +190,7 @@ class Classifier(nn.Module):
         encoder = self.encoder.spec.model_copy(update={"weights": weights})
         spec = self.spec.model_copy(update={"encoder": encoder})
         config = json.dumps(spec.to_config(), indent=2) + "\n"
+        (Path(folder) / SUMS_FILENAME).unlink(missing_ok=True)  # of what is replaced here
         write_atomic(Path(folder) / weights.filename, content)
         write_atomic(Path(folder) / CONFIG_FILENAME, config.encode())
         return spec

@@ -1,4 +1,4 @@
-"""The command line: ``clever-zoo list | info | embed | export | serve | compare | verify``."""
+"""The command line, ``clever-zoo``: thin over the library, errors as one message."""
 
 import functools
 import json
@@ -36,6 +36,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # it takes [...] in a help text for markup
 )
+publish = typer.Typer(
+    help="Model repositories for the Hugging Face Hub: build a folder offline, then push it.",
+    no_args_is_help=True,
+)
+app.add_typer(publish, name="publish")
 _out, _err = Console(), Console(stderr=True)
 TOKEN_VARIABLE = "CLEVER_ZOO_TOKEN"
 
@@ -336,8 +341,8 @@ def export(
     """Write a model as one self-contained ONNX file, or with it a model repository for Triton.
 
     Input `pixels`, outputs `invariant` and `equivariant` (`logits` of a classifier); the batch is
-    dynamic. A graph that does not give torch's values is not written. Needs the extra [export];
-    to run the file, [onnx] is enough.
+    dynamic. A graph that does not give torch's values is not written. Needs the extras export
+    and onnx; to run the file, onnx is enough.
 
     \b
     Examples:
@@ -375,21 +380,111 @@ def export(
         typer.echo(f"{name}: {figure} to torch {shown}")
 
 
+class NetworkChoice(StrEnum):
+    """A network of a pre-training run."""
+
+    teacher = "teacher"
+    student = "student"
+
+
+class StorageChoice(StrEnum):
+    """How weights are stored."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A .pth, .pth.tar or .safetensors file.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    backbone: Annotated[
+        str | None, typer.Option(help="Refuse any other.", show_default="as its tensors say")
+    ] = None,
+    network: Annotated[
+        NetworkChoice | None,
+        typer.Option(help="Of a pre-training run.", show_default="teacher"),
+    ] = None,
+    invariant_dim: Annotated[
+        int | None,
+        typer.Option(
+            help="Where to cut the features, if the file does not tell.",
+            show_default="as trained, else no split",
+        ),
+    ] = None,
+    input_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of the square it sees, in pixels.",
+            show_default="224, or as a ViT's position embeddings say",
+        ),
+    ] = None,
+    crop_pct: Annotated[
+        float, typer.Option(help="That side relative to the resized short side.")
+    ] = 0.875,
+    name: Annotated[
+        str | None, typer.Option(help="Of the model.", show_default="that of the folder")
+    ] = None,
+    dtype: Annotated[StorageChoice, typer.Option(help="How to store.")] = StorageChoice.float32,
+    keep_heads: Annotated[
+        bool, typer.Option("--keep-heads", help="Write the heads to heads.safetensors.")
+    ] = False,
+) -> None:
+    """Turn a checkpoint of another code base into a model folder.
+
+    Reads those of the CLeVER authors (teacher or student), DINO, DDCL and SimSiam, state dicts of
+    torchvision and timm, and VMamba's, if their backbone is one of `clever-zoo list`. Nothing in
+    the file is executed: one with more than tensors and plain values is refused.
+
+    \b
+    Examples:
+      clever-zoo convert checkpoint.pth -o my-model --keep-heads
+      clever-zoo convert dino_deitsmall16_pretrain.pth -o dino-vit-small
+    Then: clever-zoo embed photos/ -m local-dir:my-model -o photos.parquet
+    """
+    try:
+        from clever_zoo.convert import convert_checkpoint
+
+        conversion = convert_checkpoint(
+            checkpoint,
+            output,
+            name=name,
+            backbone=backbone,
+            network=network.value if network else None,
+            invariant_dim=invariant_dim,
+            input_size_px=input_size,
+            crop_pct=crop_pct,
+            dtype=dtype.value,
+            keep_heads=keep_heads,
+        )
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    typer.echo("\n".join(conversion.lines()))
+
+
 @app.command()
 def verify(
     model: Annotated[str, typer.Argument(help="A released name or local-dir:PATH.")],
 ) -> None:
-    """Check a model's size and digest, and its first values against golden.json.
+    """Check a model's files against their recorded digests, and its values on this machine.
 
-    Exit code 0: all is as recorded. 2: something is not.
+    Digests: of the weights, as config.json and the registry say, and of every file that SHA256SUMS
+    names. Values: of golden.json, within 1e-4, in torch and in ONNX Runtime, where they are there.
+
+    Exit code 0: all that could be checked is as recorded. 1: something is not. 2: no such model.
     """
     try:
-        from clever_zoo.golden import check_golden
+        from clever_zoo.verify import verify_model
 
-        difference = check_golden(model)
+        checks = verify_model(model)
     except (CleverZooError, OSError) as error:
         fail(error)
-    typer.echo(f"{model}: digest as recorded, golden values within {difference:.1e}")
+    for check in checks:
+        typer.echo(f"{check.verdict:8}{check.subject}: {check.detail}")
+    if any(check.verdict == "FAILED" for check in checks):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -500,6 +595,76 @@ def serve(
     if server.lost:
         typer.echo(f"{server.lost} requests were not finished in {drain_timeout_s:g} s", err=True)
         raise typer.Exit(1)
+
+
+@publish.command("build")
+def publish_build(
+    model: Annotated[str, typer.Argument(help="A released name or local-dir:PATH.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Target folder, new or empty.", show_default=False),
+    ],
+) -> None:
+    """Write the Hub repository of a released model into a folder, offline.
+
+    Card, config.json, weights, onnx/model.onnx, results, golden values, figures and SHA256SUMS;
+    the same bytes each time. Needs the extra [export].
+
+    Example: clever-zoo publish build clever-resnet18 -o build/clever-resnet18.fmnist
+    """
+    try:
+        from clever_zoo.publish import build
+
+        with _err.status(f"exporting {model} and comparing it with torch"):
+            spec = build(model, output)
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    typer.echo(f"{output}: {spec.name}, checked; look at it, then `clever-zoo publish push`")
+
+
+@publish.command("push")
+def publish_push(
+    folder: Annotated[Path, typer.Argument(help="What `publish build` wrote.", show_default=False)],
+    repo: Annotated[str, typer.Option(help="Repository org/name, created if it does not exist.")],
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Of a new one.", show_default="the owner's choice"),
+    ] = None,
+    pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="An existing branch.", show_default="main")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would change, change nothing.")
+    ] = False,
+) -> None:
+    """Make a Hub repository hold a built folder, in one commit.
+
+    The folder is checked first: a file too few or too many, a digest, a card or a registry entry
+    that does not fit is refused before any request. The token is that of `hf auth login` or
+    HF_TOKEN.
+
+    Example: clever-zoo publish push build/clever-resnet18.fmnist --repo org/clever-resnet18.fmnist
+    """
+    try:
+        from clever_zoo.publish import plan_push, push
+
+        if dry_run:
+            plan, done = plan_push(folder, repo, revision=revision), None
+        else:
+            done = push(folder, repo, private=private, revision=revision, create_pr=pr)
+            plan = done.plan
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    if not plan.exists:
+        typer.echo(f"{repo} does not exist, as far as this token may see")
+    for change in ("added", "changed", "removed", "unchanged"):
+        for file in getattr(plan, change):
+            typer.echo(f"{change:9} {file}")
+    if done is not None:
+        typer.echo(done.url)
+        if not pr:
+            typer.echo(f'HubPin("{repo}", "{done.commit}")')
 
 
 def main() -> None:

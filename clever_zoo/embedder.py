@@ -33,6 +33,10 @@ class ImageEmbedder(ABC):
             ShapeError: For another shape or type.
         """
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of what the values come from; `sha256` is of the weights, empty if unknown."""
+        return {"sha256": self.spec.weights.sha256 if self.spec.weights else ""}
+
     def embed(
         self,
         images: Iterable[ImageInput],
@@ -44,7 +48,8 @@ class ImageEmbedder(ABC):
 
         Args:
             images: Paths, PIL images or (H, W, 3) uint8 arrays, mixed as you like.
-            batch_size: Images per forward pass; it does not change the result.
+            batch_size: Images per forward pass. It does not change the result, but for an int8
+                graph of a ViT, whose ranges are each batch's own (see `export_onnx`).
             on_progress: Called after each batch with the number of images done.
 
         Returns:

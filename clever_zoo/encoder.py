@@ -20,9 +20,8 @@ from clever_zoo.errors import (
     IntegrityError,
     NonFiniteError,
     ShapeError,
-    WeightsMismatchError,
 )
-from clever_zoo.files import write_atomic
+from clever_zoo.files import SUMS_FILENAME, write_atomic
 from clever_zoo.locate import locate_model
 from clever_zoo.preprocess import (
     ImageInput,
@@ -33,6 +32,8 @@ from clever_zoo.preprocess import (
     pixel_batches,
 )
 from clever_zoo.spec import CONFIG_FILENAME, ModelSpec, PreprocessSpec, WeightFile
+from clever_zoo.upload import PushToHub
+from clever_zoo.weights import ExpectedTensor, check_tensors, read_header
 
 try:
     import torch
@@ -47,7 +48,7 @@ except ImportError as error:
 StorageType = Literal["float32", "float16"]
 
 
-class Encoder(nn.Module, ImageEmbedder):
+class Encoder(nn.Module, ImageEmbedder, PushToHub):
     """Pixels to embeddings; what this project publishes.
 
     Args:
@@ -58,6 +59,8 @@ class Encoder(nn.Module, ImageEmbedder):
         spec: The frozen description.
         backbone: The timm module.
     """
+
+    _loader = "clever_zoo.from_pretrained"
 
     def __init__(self, spec: ModelSpec, backbone: nn.Module | None = None) -> None:
         super().__init__()
@@ -138,6 +141,14 @@ class Encoder(nn.Module, ImageEmbedder):
             halves = self(self._to_tensor(pixels))
             return Embedding(*(half.float().cpu().numpy() for half in halves))
 
+    def digests(self) -> dict[str, str]:
+        """`sha256` of the weights as they are now, trained or not.
+
+        Raises:
+            NonFiniteError: If one is not finite.
+        """
+        return {"sha256": current_weights(self.stored_module(), self.spec.weights).sha256}
+
     def _to_tensor(self, pixels: NDArray[np.uint8]) -> Tensor:
         device = next(self.parameters()).device
         return torch.from_numpy(normalize_pixels(pixels, self.spec.preprocess)).to(device)
@@ -164,6 +175,7 @@ class Encoder(nn.Module, ImageEmbedder):
         weights = WeightFile.of(content)
         spec = self.spec.model_copy(update={"weights": weights})
         config = json.dumps(spec.to_config(), indent=2) + "\n"
+        (Path(folder) / SUMS_FILENAME).unlink(missing_ok=True)  # of what is replaced here
         write_atomic(Path(folder) / weights.filename, content)
         write_atomic(Path(folder) / CONFIG_FILENAME, config.encode())
         return spec
@@ -365,18 +377,23 @@ def read_weights(module: nn.Module, path: Path) -> None:
 
     Raises:
         IntegrityError: If it is no safetensors file.
-        WeightsMismatchError: Listing missing, unexpected and misshapen tensors.
+        WeightsMismatchError: Listing missing, unexpected, misshapen and mistyped tensors.
     """
+    check_tensors(read_header(path), expected_tensors(module), str(path))
     try:
-        stored = load_file(path)
+        module.load_state_dict(load_file(path))
     except SafetensorError as error:
         raise IntegrityError(f"{path} is no safetensors file: {error}") from error
-    _check_tensors(
-        {k: tuple(v.shape) for k, v in module.state_dict().items()},
-        {k: tuple(v.shape) for k, v in stored.items()},
-        path,
-    )
-    module.load_state_dict(stored)
+
+
+def expected_tensors(module: nn.Module) -> dict[str, ExpectedTensor]:
+    """What a file must hold to fill a module: floats in any type that float32 holds exactly."""
+    return {
+        key: ExpectedTensor(
+            ("F32", "F16", "BF16") if value.is_floating_point() else ("I64",), tuple(value.shape)
+        )
+        for key, value in module.state_dict().items()
+    }
 
 
 def _norm_keys(backbone: nn.Module) -> set[str]:
@@ -387,20 +404,3 @@ def _norm_keys(backbone: nn.Module) -> set[str]:
         if isinstance(module, norms)
         for key in module.state_dict()
     }
-
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-def _check_tensors(expected: Shapes, stored: Shapes, path: Path) -> None:
-    problems = [f"missing: {key}" for key in sorted(expected.keys() - stored.keys())]
-    problems += [f"unexpected: {key}" for key in sorted(stored.keys() - expected.keys())]
-    problems += [
-        f"wrong shape: {key} is {stored[key]}, expected {expected[key]}"
-        for key in sorted(expected.keys() & stored.keys())
-        if stored[key] != expected[key]
-    ]
-    if problems:
-        shown = "".join(f"\n  - {line}" for line in problems[:10])
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise WeightsMismatchError(f"{path} does not fit its spec's backbone:{shown}{more}")

@@ -26,6 +26,10 @@ class DownloadError(CleverZooError, OSError):
     """A file could not be fetched from the Hub or found in its cache."""
 
 
+class UploadError(CleverZooError, OSError):
+    """A model could not be sent to the Hub; the files there are as they were."""
+
+
 class IntegrityError(CleverZooError, OSError):
     """A file's size or digest is not the recorded one."""
 

@@ -2,12 +2,17 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from clever_zoo.errors import IntegrityError
 from clever_zoo.spec import WeightFile
+
+SUMS_FILENAME = "SHA256SUMS"
+# Names are paths below the folder, of parts that do not begin with a dot.
+_SUMS_LINE = re.compile(r"([0-9a-f]{64})  ((?:[\w-][\w.-]*/)*[\w-][\w.-]*)", re.ASCII)
 
 
 def file_digest(path: Path) -> str:
@@ -40,14 +45,62 @@ def verify_file(path: Path, expected: WeightFile) -> None:
         )
 
 
+def folder_files(folder: Path) -> set[str]:
+    """Every file of a folder at any depth but SHA256SUMS, with forward slashes."""
+    paths = (path for path in folder.rglob("*") if not path.is_dir())
+    return {path.relative_to(folder).as_posix() for path in paths} - {SUMS_FILENAME}
+
+
+def write_sums(folder: Path) -> None:
+    """Write SHA256SUMS of all files of a folder; ``sha256sum -c`` reads it."""
+    lines = [f"{file_digest(folder / name)}  {name}\n" for name in sorted(folder_files(folder))]
+    write_atomic(folder / SUMS_FILENAME, "".join(lines).encode())
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """File name -> digest of a SHA256SUMS file.
+
+    Raises:
+        IntegrityError: If it is none.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    matches = [_SUMS_LINE.fullmatch(line) for line in lines]
+    if not lines or None in matches:
+        raise IntegrityError(
+            f"{path} is no list of digests with lines 'SHA256  NAME'; fetch or build it again"
+        )
+    return {match[2]: match[1] for match in matches if match}
+
+
+def verify_listed(path: Path, name: str, sums: dict[str, str]) -> None:
+    """Compare a file with the digest that SHA256SUMS lists for its name.
+
+    Raises:
+        IntegrityError: If it is another file, or not listed.
+    """
+    if name not in sums:
+        raise IntegrityError(f"{name} is not listed in {SUMS_FILENAME}, so it cannot be checked")
+    digest = file_digest(path)
+    if digest != sums[name]:
+        raise IntegrityError(
+            f"{path} has sha256 {digest}, {SUMS_FILENAME} lists {sums[name]}; it was truncated or "
+            "altered, fetch it again"
+        )
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to, renamed to `path` in one step if nothing was raised.
+def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """A temporary file to write to, renamed to `path` in one step if nothing was raised.
 
     Readers see the old file or the whole new one, never a part.
+
+    Args:
+        path: Target.
+        folder: Where the temporary file lies, on the same file system; None for beside `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = folder or path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
         yield temporary
         with temporary.open("rb") as file:

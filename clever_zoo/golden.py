@@ -3,7 +3,6 @@
 Any runtime can check itself against it.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from clever_zoo.embedding import Embedding
 from clever_zoo.errors import IntegrityError
 from clever_zoo.locate import locate_model
 from clever_zoo.samples import sample_paths
+from clever_zoo.spec import read_json
 
 GOLDEN_FILENAME = "golden.json"
 VALUES = 8
@@ -58,10 +58,12 @@ def compare_golden(encoder: ImageEmbedder, path: Path) -> float:
     if not path.is_file():
         raise IntegrityError(f"{path} does not exist, so the values cannot be checked")
     try:
-        recorded = _flat(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        recorded = _flat(read_json(path))
+    except (KeyError, TypeError, ValueError) as error:  # a SpecError is a ValueError
         raise IntegrityError(f"{path} holds no golden values ({error!r})") from error
     actual = _flat(golden_values(encoder))
+    if any(recorded[name].shape != actual[name].shape for name in actual):
+        raise IntegrityError(f"{path} holds another number of values than {VALUES} of each half")
     scale = {name: max(values[0], 1e-12) for name, values in actual.items()}
     # np.max, because Python's max can lose a NaN.
     worst = float(np.max([np.abs(recorded[k] - actual[k]).max() / scale[k] for k in actual]))

@@ -4,14 +4,16 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
 
-from clever_zoo.errors import DownloadError, SourceError, SpecError
-from clever_zoo.files import verify_file
-from clever_zoo.registry import model_info
+from clever_zoo.errors import DownloadError, IntegrityError, SourceError, SpecError
+from clever_zoo.files import SUMS_FILENAME, read_sums, verify_file, verify_listed
+from clever_zoo.hub import HubRepo
+from clever_zoo.registry import HUB_PINS, model_info
 from clever_zoo.sources import (
     HubSource,
-    LocalSource,
     ReleasedSource,
+    Source,
     is_onnx_path,
     parse_source,
 )
@@ -31,7 +33,69 @@ _PACKAGE = Path(__file__).parent
 _MODEL_FOLDERS = (_PACKAGE / "model_cards", _PACKAGE.parent / "model_cards")
 ONNX_FILENAME = "onnx/model.onnx"
 
-Finder = Callable[[str], Path]
+Found = TypeVar("Found")
+
+
+class Files(Protocol):
+    """The files of one model, wherever they are."""
+
+    def find(self, filename: str, expected: WeightFile | None = None) -> Path:
+        """The path of a file, verified if its digest is known; see `HubRepo.find`."""
+
+    def has(self, filename: str) -> bool:
+        """Whether there is such a file."""
+
+    def renew(self) -> bool:
+        """Have everything fetched again from now on; False if that cannot be."""
+
+
+class FolderFiles(NamedTuple):
+    """The files of a model in a folder; a missing one is left to whoever reads it.
+
+    If the folder has a SHA256SUMS, as published ones do, what it lists is verified.
+    """
+
+    folder: Path
+
+    def find(self, filename: str, expected: WeightFile | None = None) -> Path:
+        """See `Files`."""
+        path, sums = self.folder / filename, self.folder / SUMS_FILENAME
+        if expected is not None:
+            verify_file(path, expected)
+        elif path.is_file() and sums.is_file() and filename in (listed := read_sums(sums)):
+            verify_listed(path, filename, listed)
+        return path
+
+    def has(self, filename: str) -> bool:
+        """See `Files`."""
+        return (self.folder / filename).is_file()
+
+    def renew(self) -> bool:
+        """See `Files`."""
+        return False
+
+
+class ReleasedFiles(NamedTuple):
+    """The files of a released model: those of this installation, then those of its pinned repo."""
+
+    packed: FolderFiles
+    pinned: HubRepo
+
+    def find(self, filename: str, expected: WeightFile | None = None) -> Path:
+        """See `Files`."""
+        return self._holder(filename).find(filename, expected)
+
+    def has(self, filename: str) -> bool:
+        """See `Files`; what is installed is not looked for in the network."""
+        installed = self.packed.folder.is_dir()
+        return self.packed.has(filename) if installed else self.pinned.has(filename)
+
+    def renew(self) -> bool:
+        """See `Files`."""
+        return self.pinned.renew()
+
+    def _holder(self, filename: str) -> Files:
+        return self.packed if self.packed.has(filename) else self.pinned
 
 
 def locate_model(
@@ -44,22 +108,27 @@ def locate_model(
 ) -> tuple[ModelSpec, Path]:
     """Find a model's spec and its verified weights file.
 
+    A file of the Hub cache that is not what it should be is fetched again, once.
+
     Args:
         source, revision: See `parse_source`.
-        cache_dir, local_files_only, token: As in huggingface_hub; used for Hub sources only.
+        cache_dir, local_files_only, token: As in huggingface_hub.
 
     Raises:
         SourceError, UnknownModelError, SpecError, DownloadError: If it cannot be found.
         IntegrityError: If the weights are not the recorded ones.
     """
     parsed = parse_source(source, revision)
-    if isinstance(parsed, ReleasedSource):
-        spec = model_info(parsed.name)
-        find: Finder = released_folder(spec).joinpath
-    else:
-        find = _finder(parsed, cache_dir, local_files_only, token)
-        spec = ModelSpec.read(find(CONFIG_FILENAME))
-    return spec, _verified_weights(spec, find, source)
+    files = _files(parsed, cache_dir, local_files_only, token)
+
+    def read() -> tuple[ModelSpec, Path]:
+        if isinstance(parsed, ReleasedSource):
+            spec = model_info(parsed.name)
+        else:
+            spec = ModelSpec.read(files.find(CONFIG_FILENAME))
+        return spec, _verified_weights(spec, files, source)
+
+    return _repaired(read, files)
 
 
 def locate_classifier(
@@ -83,9 +152,13 @@ def locate_classifier(
             f"{model_info(parsed.name).name!r} is an encoder; put a head on it with "
             f"clever_zoo.create_classifier({str(source)!r}, num_classes)"
         )
-    find = _finder(parsed, cache_dir, local_files_only, token)
-    spec = ClassifierSpec.read(find(CONFIG_FILENAME))
-    return spec, _verified_weights(spec.encoder, find, source)
+    files = _files(parsed, cache_dir, local_files_only, token)
+
+    def read() -> tuple[ClassifierSpec, Path]:
+        spec = ClassifierSpec.read(files.find(CONFIG_FILENAME))
+        return spec, _verified_weights(spec.encoder, files, source)
+
+    return _repaired(read, files)
 
 
 def locate_onnx(
@@ -106,26 +179,38 @@ def locate_onnx(
     Raises:
         SourceError, UnknownModelError, SpecError: If the model cannot be found.
         DownloadError: If it has no ONNX file; says how to make one.
+        IntegrityError: If a file is not the one that its repository lists.
     """
     if is_onnx_path(source):
         return Path(source), None
     parsed = parse_source(source, revision)
-    if isinstance(parsed, ReleasedSource):
-        find: Finder = released_folder(model_info(parsed.name)).joinpath
-    else:
-        find = _finder(parsed, cache_dir, local_files_only, token)
-    config = find(CONFIG_FILENAME)
+    files = _files(parsed, cache_dir, local_files_only, token)
+    config, path = _repaired(lambda: (files.find(CONFIG_FILENAME), _onnx(files, source)), files)
+    return path, config
+
+
+def _onnx(files: Files, source: str | Path) -> Path:
     advice = (
         f"write one with `clever-zoo export {source} -o model.onnx` (needs the extra [export]) and "
         "pass its path"
     )
     try:
-        path = find(ONNX_FILENAME)
+        path = files.find(ONNX_FILENAME)
     except DownloadError as error:
         raise DownloadError(f"{error}; if {source} has no ONNX file, {advice}") from error
     if not path.is_file():
         raise DownloadError(f"{source} has no ONNX file ({path} does not exist); {advice}")
-    return path, config
+    return path
+
+
+def has_onnx(source: str | Path) -> bool:
+    """Whether a model has an ONNX file; the Hub is asked for its small files only.
+
+    Raises:
+        CleverZooError: If the model cannot be found.
+    """
+    files = _files(parse_source(source), cache_dir=None, local_files_only=False, token=None)
+    return _repaired(lambda: files.has(ONNX_FILENAME), files)
 
 
 def describes_classifier(
@@ -140,35 +225,48 @@ def describes_classifier(
     parsed = parse_source(source, revision)
     if isinstance(parsed, ReleasedSource):
         return False
-    find = _finder(parsed, cache_dir, local_files_only, token)
-    return CLASSIFIER_KEY in read_json(find(CONFIG_FILENAME))
+    files = _files(parsed, cache_dir, local_files_only, token)
+    config = _repaired(lambda: files.find(CONFIG_FILENAME), files)
+    return CLASSIFIER_KEY in read_json(config)
 
 
-def _finder(
-    source: HubSource | LocalSource,
+def _files(
+    source: Source,
     cache_dir: Path | None,
     local_files_only: bool,
     token: str | bool | None,
-) -> Finder:
-    """How to get a file of a model by its name."""
+) -> Files:
+    hub = functools.partial(
+        HubRepo, cache_dir=cache_dir, local_files_only=local_files_only, token=token
+    )
     if isinstance(source, HubSource):
-        return functools.partial(
-            _hub_file,
-            source.repo_id,
-            source.revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
+        return hub(source)
+    if isinstance(source, ReleasedSource):
+        spec = model_info(source.name)
+        if spec.name not in HUB_PINS:
+            return FolderFiles(released_folder(spec))
+        return ReleasedFiles(
+            FolderFiles(_packed_folder(spec)), hub(HubSource(*HUB_PINS[spec.name]))
         )
     if not source.folder.is_dir():
         raise SourceError(f"{source.folder} is no folder; pass one that holds {CONFIG_FILENAME}")
-    return source.folder.joinpath
+    return FolderFiles(source.folder)
 
 
-def _verified_weights(spec: ModelSpec, find: Finder, source: str | Path) -> Path:
+def _repaired(read: Callable[[], Found], files: Files) -> Found:
+    """Read files; if one is bad, once more with everything fetched again."""
+    try:
+        return read()
+    except IntegrityError as error:
+        if not files.renew():
+            raise
+        logger.warning("%s; fetching the model again", error)
+    return read()
+
+
+def _verified_weights(spec: ModelSpec, files: Files, source: str | Path) -> Path:
     weights = _weights_of(spec, str(source))
-    path = find(weights.filename)
-    verify_file(path, weights)
+    path = files.find(weights.filename, weights)
     if isinstance(source, str) and source != spec.name:
         _log_resolution(source, spec.name, weights.sha256)
     return path
@@ -195,50 +293,16 @@ def released_folder(spec: ModelSpec) -> Path:
     Raises:
         DownloadError: If it is not there.
     """
-    for base in _MODEL_FOLDERS:
-        if (base / spec.name).is_dir():
-            return base / spec.name
-    raise DownloadError(
-        f"the weights of {spec.name!r} are not in this installation (looked in "
-        f"{', '.join(map(str, _MODEL_FOLDERS))}) and not on the Hub yet; reinstall clever-zoo"
-    )
-
-
-def _hub_file(
-    repo_id: str,
-    revision: str | None,
-    filename: str,
-    *,
-    cache_dir: Path | None,
-    local_files_only: bool,
-    token: str | bool | None,
-) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    try:
-        path = hf_hub_download(
-            repo_id,
-            filename,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
+    folder = _packed_folder(spec)
+    if not folder.is_dir():
+        raise DownloadError(
+            f"the weights of {spec.name!r} are not in this installation (looked in "
+            f"{', '.join(map(str, _MODEL_FOLDERS))}) and not on the Hub yet; reinstall clever-zoo"
         )
-    except HFValidationError as error:
-        raise SourceError(f"{repo_id!r} is no valid name of a Hub repository: {error}") from error
-    except LocalEntryNotFoundError as error:
-        raise DownloadError(
-            f"{filename} of {repo_id!r} is not in the Hub cache and could not be fetched "
-            f"({error}); connect once, or check HF_HOME and local_files_only"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise DownloadError(
-            f"{filename} of {repo_id!r} at revision {revision or 'main'} could not be fetched: "
-            f"{error}"
-        ) from error
-    return Path(path)
+    return folder
+
+
+def _packed_folder(spec: ModelSpec) -> Path:
+    """Where a released model is or would be."""
+    folders = [base / spec.name for base in _MODEL_FOLDERS]
+    return next(filter(Path.is_dir, folders), folders[0])

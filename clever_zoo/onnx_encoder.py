@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from clever_zoo.ahead import usable_cores
 from clever_zoo.embedder import ImageEmbedder
 from clever_zoo.embedding import Embedding, Predictions
+from clever_zoo.errors import SpecError
 from clever_zoo.onnx_graph import OnnxGraph, Provider
 from clever_zoo.preprocess import ImageInput, pixel_batches
 from clever_zoo.spec import ClassifierSpec, ModelSpec
@@ -26,11 +27,13 @@ class OnnxEncoder(ImageEmbedder):
         graph: Session, kind of input and precision.
 
     Raises:
-        SpecError: If the graph is a classifier's, or its metadata do not fit.
+        SpecError: If the graph is a classifier's.
     """
 
     def __init__(self, graph: OnnxGraph) -> None:
-        self.spec = ModelSpec.from_config(graph.config, graph.source)
+        if not isinstance(graph.spec, ModelSpec):
+            raise SpecError(f"{graph.source} describes a classifier; open it with OnnxClassifier")
+        self.spec = graph.spec
         self.precision = graph.info.precision
         self.graph = graph
 
@@ -67,10 +70,14 @@ class OnnxEncoder(ImageEmbedder):
         Raises:
             ShapeError: For another shape or type.
         """
-        halves = self.graph.run(pixels, self.spec.preprocess)
+        halves = self.graph.run(pixels)
         if not self.spec.equivariant_dim:
             halves.append(np.zeros((len(pixels), 0), dtype=np.float32))
         return Embedding(*halves)
+
+    def digests(self) -> dict[str, str]:
+        """`sha256` of the weights it was made from, `graph_sha256` of the file."""
+        return super().digests() | {"graph_sha256": self.graph.sha256}
 
 
 class OnnxClassifier:
@@ -84,11 +91,15 @@ class OnnxClassifier:
         graph: Session, kind of input and precision.
 
     Raises:
-        SpecError: If the graph is an encoder's, or its metadata do not fit.
+        SpecError: If the graph is an encoder's.
     """
 
     def __init__(self, graph: OnnxGraph) -> None:
-        self.spec = ClassifierSpec.from_config(graph.config, graph.source)
+        if not isinstance(graph.spec, ClassifierSpec):
+            raise SpecError(
+                f"{graph.source} is an encoder's, it is no classifier; open it with OnnxEncoder"
+            )
+        self.spec = graph.spec
         self.graph = graph
 
     @classmethod
@@ -109,7 +120,7 @@ class OnnxClassifier:
         Raises:
             ShapeError: For another shape or type.
         """
-        (logits,) = self.graph.run(pixels, self.spec.encoder.preprocess)
+        (logits,) = self.graph.run(pixels)
         return logits
 
     def predict(self, images: Iterable[ImageInput], *, batch_size: int = 32) -> Predictions:

@@ -3,11 +3,12 @@
 import contextlib
 import copy
 import io
+import itertools
 import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -19,7 +20,7 @@ from clever_zoo.backbones import BACKBONES
 from clever_zoo.classifier import Classifier
 from clever_zoo.embedding import Embedding
 from clever_zoo.encoder import Encoder, current_weights
-from clever_zoo.errors import BackendMissingError, ExportParityError, SpecError
+from clever_zoo.errors import BackendMissingError, DataError, ExportParityError, SpecError
 from clever_zoo.files import write_atomic
 from clever_zoo.onnx_graph import CONFIG_KEY, GRAPH_KEY, GraphInfo, GraphInput, OnnxGraph, Precision
 from clever_zoo.preprocess import ImageInput, image_pixels, normalize_pixels, pixel_batches
@@ -52,8 +53,6 @@ MIN_COSINE = {"fp16": 0.999, "int8": 0.98}
 PARITY_BATCHES = (1, 3, 8, 32)
 CALIBRATION_PICTURES = 60
 FP16_MAX = 65504.0
-
-Outputs = Mapping[str, NDArray[np.float32]]
 
 
 class ExportReport(NamedTuple):
@@ -104,6 +103,7 @@ def export_onnx(
         ExportParityError: If an output is off by more than 1e-4 of its norm (fp32) or its cosine
             falls below 0.999 (fp16) or 0.98 (int8) for a bundled picture; nothing is written.
         SpecError: For an unknown input or precision, or calibration images that nothing reads.
+        DataError: If `calibration` holds no image.
         ImageError: For a bad calibration image.
     """
     _check_choices(input, precision)
@@ -120,13 +120,17 @@ def export_onnx(
         with _quiet():
             graph = convert_float_to_float16(graph, keep_io_types=True, max_finite_val=FP16_MAX)
     elif precision == "int8" and static:
-        pictures = sample_paths()[:: len(sample_paths()) // CALIBRATION_PICTURES]
-        graph = _quantize_static(graph, calibration or pictures, encoder.spec.preprocess, input)
+        if calibration is None:
+            calibration = sample_paths()[:: len(sample_paths()) // CALIBRATION_PICTURES]
+        graph = _quantize_static(graph, calibration, encoder.spec.preprocess, input)
     elif precision == "int8":
         graph = _quantize_dynamic(graph)
     info = GraphInfo(input=input, precision=precision, version=clever_zoo.__version__)
     _clear_metadata(graph)
-    spec = _with_digest(model)
+    weights = current_weights(model.stored_module(), encoder.spec.weights)
+    spec: ModelSpec | ClassifierSpec = encoder.spec.model_copy(update={"weights": weights})
+    if isinstance(model, Classifier):
+        spec = model.spec.model_copy(update={"encoder": spec})
     onnx.helper.set_model_props(
         graph, {CONFIG_KEY: json.dumps(spec.to_config()), GRAPH_KEY: info.model_dump_json()}
     )
@@ -204,9 +208,15 @@ def _quiet() -> Iterator[None]:
 
 class _Calibration(CalibrationDataReader):
     def __init__(self, images: Iterable[ImageInput], p: PreprocessSpec, input: GraphInput) -> None:
+        batches = pixel_batches(images, p, batch_size=1)
+        first = next(batches, None)
+        if first is None:
+            raise DataError(
+                "calibration holds no image; give it some like those to come, or leave it out"
+            )
         self.feeds = (
             {"pixels": pixels if input == "uint8" else normalize_pixels(pixels, p)}
-            for pixels in pixel_batches(images, p, batch_size=1)
+            for pixels in itertools.chain([first], batches)
         )
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
@@ -216,6 +226,7 @@ class _Calibration(CalibrationDataReader):
 def _quantize_static(
     graph: onnx.ModelProto, images: Iterable[ImageInput], p: PreprocessSpec, input: GraphInput
 ) -> onnx.ModelProto:
+    calibration = _Calibration(images, p, input)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         traced, prepared, quantized = (Path(folder, f"{i}.onnx") for i in range(3))
         onnx.save(graph, traced)
@@ -223,7 +234,7 @@ def _quantize_static(
         quantize_static(
             prepared,
             quantized,
-            _Calibration(images, p, input),
+            calibration,
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -259,19 +270,6 @@ def _clear_metadata(graph: onnx.ModelProto) -> None:
         item.doc_string = ""
 
 
-def _with_digest(model: Encoder | Classifier) -> ModelSpec | ClassifierSpec:
-    """The model's spec with the record of the weights that it holds now."""
-    weights = current_weights(model.stored_module(), _encoder_spec(model).weights)
-    spec = _encoder_spec(model).model_copy(update={"weights": weights})
-    if isinstance(model, Encoder):
-        return spec
-    return model.spec.model_copy(update={"encoder": spec})
-
-
-def _encoder_spec(model: Encoder | Classifier) -> ModelSpec:
-    return model.spec if isinstance(model, Encoder) else model.encoder.spec
-
-
 def _check_parity(
     content: bytes, module: Encoder | Classifier, p: PreprocessSpec, info: GraphInfo
 ) -> dict[str, float]:
@@ -282,7 +280,7 @@ def _check_parity(
         pixels = np.stack([image_pixels(next(paths), p) for _ in range(size)])
         with torch.inference_mode():
             result = _named_outputs(module(torch.from_numpy(normalize_pixels(pixels, p))))
-        exported = dict(zip(graph.outputs, graph.run(pixels, p), strict=True))
+        exported = dict(zip(graph.outputs, graph.run(pixels), strict=True))
         for name, value in result.items():
             if info.precision == "fp32":
                 figure = max_relative_difference(exported[name], value.numpy())

@@ -3,7 +3,7 @@
 Never imports torch.
 """
 
-import json
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -12,10 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from clever_zoo.embedding import Embedding
 from clever_zoo.errors import BackendMissingError, IntegrityError, SourceError, SpecError
+from clever_zoo.files import file_digest
 from clever_zoo.locate import locate_onnx
 from clever_zoo.preprocess import check_pixels, normalize_pixels
-from clever_zoo.spec import PreprocessSpec, problem_lines, read_json
+from clever_zoo.spec import (
+    CLASSIFIER_KEY,
+    ClassifierSpec,
+    ModelSpec,
+    PreprocessSpec,
+    parse_json,
+    problem_lines,
+)
 
 try:
     import onnxruntime as ort
@@ -65,19 +74,25 @@ class GraphInfo(BaseModel):
 
 
 class OnnxGraph:
-    """A session with the config.json and the facts that stand in the file's metadata.
+    """A session with the spec and the facts that stand in the file's metadata.
 
     Attributes:
         session: The onnxruntime.InferenceSession.
         source: Where it came from, for messages.
-        config: The content of config.json.
+        sha256: Of the file.
+        spec: Of the encoder or classifier.
+        encoder: Spec of the encoder, also of a classifier's.
         info: What kind of graph it is.
-        outputs: Names of its outputs, in order.
+        outputs: Width of each output by its name, the invariant half first.
         device: Where they are computed, "cpu" or "cuda".
+        device_id: Which one of them.
+
+    Raises:
+        SpecError: If the metadata are missing or malformed, or do not describe the graph.
     """
 
-    def __init__(self, session: "ort.InferenceSession", source: str) -> None:
-        self.session, self.source = session, source
+    def __init__(self, session: "ort.InferenceSession", source: str, sha256: str) -> None:
+        self.session, self.source, self.sha256 = session, source, sha256
         metadata = session.get_modelmeta().custom_metadata_map
         if absent := [key for key in (CONFIG_KEY, GRAPH_KEY) if key not in metadata]:
             raise SpecError(
@@ -85,15 +100,40 @@ class OnnxGraph:
                 "split and its preprocessing are unknown; write it with `clever-zoo export`"
             )
         try:
-            self.config = json.loads(metadata[CONFIG_KEY])
+            config = parse_json(metadata[CONFIG_KEY], f"{source}, {CONFIG_KEY}")
             self.info = GraphInfo.model_validate_json(metadata[GRAPH_KEY])
-        except json.JSONDecodeError as error:
-            raise SpecError(f"{source}: {CONFIG_KEY} is not valid JSON: {error}") from error
         except ValidationError as error:
             lines = "".join(f"\n  - {line}" for line in problem_lines(error))
             raise SpecError(f"{source}, {GRAPH_KEY}:{lines}") from error
-        self.outputs = [output.name for output in session.get_outputs()]
-        self.device = "cuda" if session.get_providers()[0] in _GPU_PROVIDERS else "cpu"
+        is_classifier = isinstance(config, dict) and CLASSIFIER_KEY in config
+        self.spec: ModelSpec | ClassifierSpec = (
+            ClassifierSpec if is_classifier else ModelSpec
+        ).from_config(config, source)
+        self.encoder = _encoder_of(self.spec)
+        self.outputs = _output_widths(self.spec)
+        self._check_signature()
+        provider = session.get_providers()[0]
+        self.device = "cuda" if provider in _GPU_PROVIDERS else "cpu"
+        self.device_id = int(session.get_provider_options()[provider].get("device_id", 0))
+
+    def _check_signature(self) -> None:
+        """Raise a SpecError unless inputs and outputs are those that the spec asks for."""
+        size = self.encoder.preprocess.input_size_px
+        pixels = {
+            "uint8": ("tensor(uint8)", [size, size, 3]),
+            "float32": ("tensor(float)", [3, size, size]),
+        }[self.info.input]
+        outputs = {name: ("tensor(float)", [width]) for name, width in self.outputs.items()}
+        for kind, expected, nodes in (
+            ("inputs", {"pixels": pixels}, self.session.get_inputs()),
+            ("outputs", outputs, self.session.get_outputs()),
+        ):
+            found = {node.name: (node.type, node.shape[1:]) for node in nodes}
+            if found != expected:
+                raise SpecError(
+                    f"{self.source}: its {kind} are {found}, but its spec asks for {expected} "
+                    "(type, and shape after the batch); export it again"
+                )
 
     @classmethod
     def open(
@@ -117,8 +157,14 @@ class OnnxGraph:
             BackendMissingError: If a named provider cannot be used here.
             SpecError: If it was not written by `export_onnx`.
         """
-        source = "the ONNX model" if isinstance(model, bytes) else str(model)
-        if isinstance(model, Path) and not model.is_file():
+        if isinstance(model, bytes):
+            content: str | bytes = model
+            source = "the ONNX model"
+            sha256 = hashlib.sha256(model).hexdigest()
+        elif model.is_file():
+            content = source = str(model)
+            sha256 = file_digest(model)
+        else:
             raise SourceError(
                 f"{model} is no file; write one with `clever-zoo export NAME -o {model}`"
             )
@@ -127,7 +173,6 @@ class OnnxGraph:
         options.log_severity_level = _ERRORS_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
-        content = model if isinstance(model, bytes) else str(model)
         try:
             session = ort.InferenceSession(content, options, providers=chosen)
         except _LOAD_ERRORS as error:
@@ -137,7 +182,7 @@ class OnnxGraph:
             ) from error
         if providers is not None:
             _check_first_provider(chosen[0], session)
-        return cls(session, source)
+        return cls(session, source, sha256)
 
     @classmethod
     def find(
@@ -156,37 +201,47 @@ class OnnxGraph:
         path, config_path = locate_onnx(source, **hub)
         graph = cls.open(path, providers=providers, threads=threads)
         if config_path is not None:
-            inside, beside = (
-                c.get("clever", {}).get("weights") for c in (graph.config, read_json(config_path))
-            )
-            if inside != beside:
+            beside = _encoder_of(type(graph.spec).read(config_path)).weights
+            if graph.encoder.weights != beside:
                 raise IntegrityError(
-                    f"{path} was made from the weights {inside}, {config_path} records {beside}; "
+                    f"{path} was made from the weights {graph.encoder.weights!r}, {config_path} "
+                    f"records {beside!r}; "
                     "export it again"
                 )
         return graph
 
-    def run(
-        self, pixels: NDArray[np.uint8], preprocess: PreprocessSpec
-    ) -> list[NDArray[np.float32]]:
-        """All outputs for (B, size, size, 3) uint8 RGB pixels; safe to call from many threads.
+    def run(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        """`outputs` for (B, size, size, 3) uint8 RGB pixels; safe to call from many threads.
 
         Raises:
             ShapeError: For another shape or type.
         """
+        preprocess = self.encoder.preprocess
         check_pixels(pixels, preprocess)
         uint8 = self.info.input == "uint8"
         fed = np.ascontiguousarray(pixels if uint8 else normalize_pixels(pixels, preprocess))
         if self.device == "cpu":
-            return self.session.run(None, {"pixels": fed})
+            return self.session.run(list(self.outputs), {"pixels": fed})
         # Bound to the device: one copy there, one copy back.
         binding = self.session.io_binding()
-        value = ort.OrtValue.ortvalue_from_numpy(fed, self.device, 0)
+        value = ort.OrtValue.ortvalue_from_numpy(fed, self.device, self.device_id)
         binding.bind_ortvalue_input("pixels", value)
         for name in self.outputs:
-            binding.bind_output(name, self.device)
+            binding.bind_output(name, self.device, self.device_id)
         self.session.run_with_iobinding(binding)
         return binding.copy_outputs_to_cpu()
+
+
+def _encoder_of(spec: ModelSpec | ClassifierSpec) -> ModelSpec:
+    return spec.encoder if isinstance(spec, ClassifierSpec) else spec
+
+
+def _output_widths(spec: ModelSpec | ClassifierSpec) -> dict[str, int]:
+    """An empty half is left out of a graph."""
+    if isinstance(spec, ClassifierSpec):
+        return {"logits": spec.num_classes}
+    halves = zip(Embedding._fields, (spec.invariant_dim, spec.equivariant_dim), strict=True)
+    return {name: width for name, width in halves if width}
 
 
 def tensorrt_provider(

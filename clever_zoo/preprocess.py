@@ -3,14 +3,14 @@
 import io
 import itertools
 import math
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clever_zoo.ahead import map_ahead
 from clever_zoo.errors import ImageError, ShapeError
@@ -22,10 +22,20 @@ Decoder = Literal["pillow", "fast"]
 PixelLoader = Callable[[ImageInput, PreprocessSpec, int], NDArray[np.uint8]]
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# What is opened: others start programs (EPS) or decode before the size can be checked (ICO).
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MIN_SIDE_PX = 2
 # An axis that is made longer than this is resized in part, to bound memory.
 MAX_WHOLE_PX = 1 << 16
-UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(source: ImageInput, index: int = 0) -> Image.Image:
@@ -34,7 +44,8 @@ def load_image(source: ImageInput, index: int = 0) -> Image.Image:
     EXIF orientation is applied, transparency is laid on white, 16-bit grey is divided by 257.
 
     Args:
-        source: A path, a PIL image of any common mode, or an (H, W, 3) uint8 RGB array.
+        source: The path of a file in one of `IMAGE_FORMATS`, a PIL image of any common mode, or
+            an (H, W, 3) uint8 RGB array.
         index: Position in the caller's batch, for the error message.
 
     Raises:
@@ -66,23 +77,31 @@ def decode_image(
 def _open(
     file: str | Path | io.BytesIO, name: str, index: int, max_pixels: int | None = None
 ) -> Image.Image:
+    with _image_errors(name, index), Image.open(file, formats=IMAGE_FORMATS) as image:
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise ImageError(
+                name,
+                index,
+                f"{image.width}x{image.height} pixels, at most {max_pixels} in all; shrink it",
+            )
+        return _to_rgb(image, name, index)
+
+
+@contextmanager
+def _image_errors(name: str, index: int) -> Iterator[None]:
+    """What Pillow raises becomes an ImageError; of a damaged file that can be anything."""
     try:
-        with Image.open(file) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise ImageError(
-                    name,
-                    index,
-                    f"{image.width}x{image.height} pixels, at most {max_pixels} in all; shrink it",
-                )
-            return _to_rgb(image, name, index)
-    except FileNotFoundError as error:
-        raise ImageError(name, index, "no such file") from error
+        yield
     except ImageError:
         raise
+    except FileNotFoundError as error:
+        raise ImageError(name, index, "no such file") from error
     except UnidentifiedImageError as error:
-        raise ImageError(name, index, "cannot be read as an image: no known format") from error
-    except UNREADABLE as error:
-        raise ImageError(name, index, f"cannot be read as an image: {error}") from error
+        reason = f"cannot be read as an image: it is no valid {', '.join(IMAGE_FORMATS)}"
+        raise ImageError(name, index, reason) from error
+    except Exception as error:
+        reason = f"cannot be read as an image: {str(error) or type(error).__name__}"
+        raise ImageError(name, index, reason) from error
 
 
 def _from_array(array: NDArray[np.uint8], index: int) -> Image.Image:
@@ -104,9 +123,11 @@ def _check_size(width: int, height: int, description: str, index: int) -> None:
 
 def _to_rgb(image: Image.Image, description: str, index: int) -> Image.Image:
     _check_size(image.width, image.height, description, index)
-    try:
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else Pillow would copy it
-            image = ImageOps.exif_transpose(image)
+    with _image_errors(description, index):
+        image.load()  # turns a TIFF upright by itself
+        upright = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        if upright is not None:
+            image = image.transpose(upright)
         if image.mode.startswith("I;16"):
             wide = np.asarray(image).astype(np.uint32)
             image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
@@ -117,14 +138,7 @@ def _to_rgb(image: Image.Image, description: str, index: int) -> Image.Image:
         if image.has_transparency_data:
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        image.load()
-        return image
-    except ImageError:
-        raise
-    except UNREADABLE as error:
-        raise ImageError(description, index, f"cannot be decoded: {error}") from error
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def crop_pixels(
@@ -284,7 +298,8 @@ def pixel_batches(
         images: See `load_image`.
         spec: What becomes of them.
         batch_size: Images per batch.
-        threads: Threads that load up to two batches ahead while the caller works on one.
+        threads: Threads that load paths, up to two batches ahead, while the caller works on one
+            batch; arrays and PIL images become pixels as they are taken from `images`.
 
     Raises:
         ImageError: For a bad image, with its position in `images`; or if `images` is a single
@@ -300,8 +315,14 @@ def pixel_batches(
         index, image = numbered
         return image_pixels(image, spec, index)
 
+    def may_change(numbered: tuple[int, ImageInput]) -> bool:
+        """Before a thread would come to it: a buffer filled anew, a PIL image read on."""
+        return not isinstance(numbered[1], str | Path)
+
     check_batch_size(batch_size)
-    squares = map_ahead(load, enumerate(images), threads=threads, ahead=2 * batch_size)
+    squares = map_ahead(
+        load, enumerate(images), threads=threads, ahead=2 * batch_size, at_once=may_change
+    )
     for chunk in batched(squares, batch_size):
         yield np.stack(chunk)
 

@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from clever_zoo.backbones import BACKBONES, backbone_info
 from clever_zoo.errors import UnknownModelError
@@ -29,6 +30,23 @@ RELEASED: tuple[ModelSpec, ...] = (
 
 # The released weights that a name without a tag stands for.
 DEFAULT_TAGS = {"clever-resnet18": "fmnist"}
+
+
+class HubPin(NamedTuple):
+    """Where a released model lies on the Hub.
+
+    Attributes:
+        repo_id: "org/name".
+        commit: All 40 digits, so that no later push changes what a release loads.
+    """
+
+    repo_id: str
+    commit: str
+
+
+# Full name -> its pin; written after a push, see RELEASING.md. Without one the network is never
+# asked for a released name. It is no part of the spec: a commit cannot stand in its own files.
+HUB_PINS: dict[str, HubPin] = {}
 
 _MODELS = {spec.name: spec for spec in RELEASED}
 

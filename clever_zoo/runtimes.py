@@ -6,15 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from clever_zoo.embedder import ImageEmbedder
 from clever_zoo.errors import BackendMissingError
-from clever_zoo.locate import ONNX_FILENAME, released_folder
-from clever_zoo.registry import model_info
-from clever_zoo.sources import (
-    HubSource,
-    LocalSource,
-    ReleasedSource,
-    is_onnx_path,
-    parse_source,
-)
+from clever_zoo.locate import has_onnx
+from clever_zoo.sources import is_onnx_path
 
 if TYPE_CHECKING:
     from clever_zoo.onnx_graph import OnnxGraph
@@ -35,7 +28,7 @@ def load_encoder(
     Args:
         source: As in `clever_zoo.from_pretrained`, or the path of an .onnx file.
         runtime: "auto" takes ONNX Runtime if it is installed and `source` is an .onnx file or a
-            local or released model with onnx/model.onnx in its folder, else torch.
+            model that has one (on the Hub: that its SHA256SUMS lists), else torch.
         device: "cpu", "cuda"; with torch any of its devices.
         threads: Threads of one forward pass, None for the runtime's own choice. For torch it is
             set for the whole process.
@@ -70,17 +63,7 @@ def choose_runtime(source: str | Path, runtime: Runtime) -> Literal["onnx", "tor
     if is_onnx_path(source):
         return "onnx"
     installed = importlib.util.find_spec("onnxruntime") is not None
-    return "onnx" if installed and _has_graph(source) else "torch"
-
-
-def _has_graph(source: str | Path) -> bool:
-    match parse_source(source):
-        case LocalSource(folder):
-            return (folder / ONNX_FILENAME).is_file()
-        case ReleasedSource(name):
-            return (released_folder(model_info(name)) / ONNX_FILENAME).is_file()
-        case HubSource():
-            return False  # Asking the Hub would need the network.
+    return "onnx" if installed and has_onnx(source) else "torch"
 
 
 def open_graph(source: str | Path, *, device: str, threads: int | None) -> "OnnxGraph":

@@ -1,12 +1,27 @@
 """Model sources: what a name, a Hub repository or a folder given by a user means."""
 
+import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
 from clever_zoo.errors import SourceError
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MAX_REFERENCE_LENGTH = 193  # org/repo, each at most 96: the Hub's limit, kept for names too
+_MAX_REVISION_LENGTH = 255
+_MAX_PATH_LENGTH = 4096
+_MAX_FILENAME_BYTES = 255
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_REPO_ID = re.compile(r"\w(?:[\w.-]{0,94}\w)?/\w(?:[\w.-]{0,94}\w)?", re.ASCII)
+_REVISION = re.compile(r"[\w.@+=][\w.@+=-]*(?:/[\w.@+=-]+)*", re.ASCII)
+_DRIVE = re.compile(r"[A-Za-z]:(?:[\\/]|$)")
+
+_USE = (
+    "; write a model's name, 'hf-hub:org/repo[@revision]' for a Hub repository, or "
+    "'local-dir:PATH' for a folder"
+)
 
 
 class HubSource(NamedTuple):
@@ -53,36 +68,122 @@ def parse_source(source: str | Path, revision: str | None = None) -> Source:
 
 def _parse(source: str | Path, revision: str | None) -> Source:
     if isinstance(source, Path):
-        return LocalSource(source)
-    scheme, separator, rest = source.partition(":")
-    if separator and scheme == "local-dir":
-        if not rest:
-            raise SourceError("'local-dir:' names no folder; write 'local-dir:PATH'")
-        return LocalSource(Path(rest))
-    if separator and scheme == "hf-hub":
+        return _local(str(source))
+    scheme, _, rest = source.partition(":")
+    if scheme == "local-dir":
+        return _local(rest)
+    if scheme == "hf-hub":
         repo_id, at, tagged = rest.partition("@")
-        if not _HUB_ID.fullmatch(repo_id) or (at and not tagged):
+        if at and revision not in (None, tagged):
             raise SourceError(
-                f"{source!r} is malformed; write 'hf-hub:org/repo' or 'hf-hub:org/repo@revision'"
+                f"{_shown(source)} and revision={revision!r} name two revisions; give one of them"
             )
-        if tagged and revision not in (None, tagged):
-            raise SourceError(
-                f"{source!r} and revision={revision!r} name two revisions; give one of them"
-            )
-        return HubSource(repo_id, tagged or revision)
-    if _HUB_ID.fullmatch(source) and not source.startswith("."):
-        if Path(source).exists():
-            raise SourceError(
-                f"{source!r} could be a Hub repository or the local folder of that name; "
-                f"write 'hf-hub:{source}' or 'local-dir:{source}'"
-            )
-        return HubSource(source, revision)
-    if not source or re.search(r"[/\\:@\s]", source):
+        return _hub(repo_id, tagged if at else revision)
+    if problem := _reference_problem(source):
+        raise SourceError(f"{_shown(source)} {problem}{_USE}")
+    if "/" not in source:
+        return ReleasedSource(source)
+    parsed = _hub(source, revision)
+    if Path(source).exists():
         raise SourceError(
-            f"{source!r} is neither a model name nor 'org/repo'; for a folder write "
-            f"'local-dir:{source}', for a Hub repository 'hf-hub:org/repo[@revision]'"
+            f"{source!r} could be a Hub repository or the local folder of that name; "
+            f"write 'hf-hub:{source}' or 'local-dir:{source}'"
         )
-    return ReleasedSource(source)
+    return parsed
+
+
+def _local(path: str) -> LocalSource:
+    """A folder may have any name that the file system allows."""
+    if not path:
+        raise SourceError("'local-dir:' names no folder; write 'local-dir:PATH'")
+    folder = Path(path)
+    problem = _text_problem(path, _MAX_PATH_LENGTH)
+    if any(len(os.fsencode(part)) > _MAX_FILENAME_BYTES for part in folder.parts):
+        problem = f"has a part of more than {_MAX_FILENAME_BYTES} bytes"
+    if problem:
+        raise SourceError(f"the folder {_shown(path)} {problem}; give the path of a model folder")
+    return LocalSource(folder)
+
+
+def _hub(repo_id: str, revision: str | None) -> HubSource:
+    if problem := _repo_problem(repo_id):
+        raise SourceError(
+            f"{_shown(repo_id)} is no valid name of a Hub repository: it {problem}; write "
+            "'hf-hub:org/repo[@revision]', or 'local-dir:PATH' for a folder"
+        )
+    if revision is not None and (problem := _revision_problem(revision)):
+        raise SourceError(
+            f"{_shown(revision)} is no valid revision: it {problem}; write a branch, a tag or a "
+            f"commit, as in 'hf-hub:{repo_id}@main'"
+        )
+    return HubSource(repo_id, revision)
+
+
+def _reference_problem(text: str) -> str | None:
+    """What keeps a text without a scheme from being a model's name or 'org/repo'."""
+    if problem := _ascii_problem(text, _MAX_REFERENCE_LENGTH):
+        return problem
+    if _DRIVE.match(text):
+        return "begins with a drive letter, so it looks like a path"
+    if text.count("/") > 1 or "\\" in text or text.startswith(("/", "./", "../", "~")):
+        return "looks like a path"
+    if ":" in text:
+        return f"begins with {text.partition(':')[0]!r}, which is no scheme"
+    if "/" not in text and not _NAME.fullmatch(text):
+        return "is no model's name: those have up to 96 letters, digits, '-', '_' and '.'"
+    return None
+
+
+def _repo_problem(repo_id: str) -> str | None:
+    """The Hub's own rules, and a named organisation."""
+    if problem := _ascii_problem(repo_id, _MAX_REFERENCE_LENGTH):
+        return problem
+    if repo_id.endswith("/"):
+        return "ends in a slash"
+    if "--" in repo_id or repo_id.endswith(".git"):
+        return "contains '--' or ends in '.git'"
+    if not _REPO_ID.fullmatch(repo_id):
+        return (
+            "is not of the form org/repo, each of up to 96 letters, digits, '-', '_' and '.', with "
+            "no '-' or '.' at its beginning or end"
+        )
+    return None
+
+
+def _revision_problem(revision: str) -> str | None:
+    if problem := _ascii_problem(revision, _MAX_REVISION_LENGTH):
+        return problem
+    if not _REVISION.fullmatch(revision):
+        return "has other characters than letters, digits and '-_.@+=', in parts divided by '/'"
+    return None
+
+
+def _ascii_problem(text: str, limit: int) -> str | None:
+    """What is wrong with a text that must be plain ASCII and no relative path."""
+    if problem := _text_problem(text, limit):
+        return problem
+    if found := next((c for c in text if not c.isascii()), None):
+        name = unicodedata.name(found, "unnamed")
+        return f"contains {found!r} (U+{ord(found):04X} {name}), but only ASCII is allowed"
+    if found := next((c for c in text if c in "#?%" or c.isspace()), None):
+        return f"contains {found!r}, which is not allowed"
+    if ".." in text:
+        return "contains '..', which is not allowed"
+    return None
+
+
+def _text_problem(text: str, limit: int) -> str | None:
+    if not text:
+        return "is empty"
+    if len(text) > limit:
+        return f"has {len(text)} characters, at most {limit} are allowed"
+    if found := next((c for c in text if unicodedata.category(c) == "Cc"), None):
+        return f"contains the control character {found!r}"
+    return None
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 100 else f"{text[:100]}...")
 
 
 def is_onnx_path(source: str | Path) -> bool:

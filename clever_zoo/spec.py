@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Self
@@ -16,14 +17,18 @@ from pydantic import (
     model_validator,
 )
 
-from clever_zoo.backbones import BACKBONES, model_args_problems
+from clever_zoo.backbones import BACKBONES, model_args_problems, patch_size_px
 from clever_zoo.embedding import Part
 from clever_zoo.errors import SpecError
 
 SCHEMA_VERSION = 1
+CARD_FILENAME = "README.md"
 CONFIG_FILENAME = "config.json"
 CLASSIFIER_KEY = "clever_classifier"
 WEIGHTS_FILENAME = "model.safetensors"
+MAX_JSON_BYTES = 1 << 20
+MAX_INPUT_SIZE_PX = 4096
+_NAME = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,199}")  # it may name a folder
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -41,8 +46,8 @@ class PreprocessSpec(_Frozen):
         mean, std: Per RGB channel, on the 0..1 scale.
     """
 
-    input_size_px: int = Field(224, ge=1)
-    crop_pct: float = Field(0.875, gt=0, le=1)
+    input_size_px: int = Field(224, ge=1, le=MAX_INPUT_SIZE_PX)
+    crop_pct: float = Field(0.875, ge=0.01, le=1)
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
 
@@ -55,7 +60,7 @@ class PreprocessSpec(_Frozen):
 class WeightFile(_Frozen):
     """A weights file by name, size and digest."""
 
-    filename: str = Field(WEIGHTS_FILENAME, pattern=r"^[\w-][\w.-]*\.safetensors$")
+    filename: str = Field(WEIGHTS_FILENAME, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*\.safetensors$")
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     size_bytes: int = Field(ge=0)
 
@@ -123,7 +128,7 @@ class ModelSpec(_Spec):
         provenance: Where released weights come from, else None.
     """
 
-    name: str = Field(min_length=1)
+    name: str
     backbone: str
     invariant_dim: int = Field(ge=1)
     preprocess: PreprocessSpec = PreprocessSpec()
@@ -133,9 +138,25 @@ class ModelSpec(_Spec):
 
     @model_validator(mode="after")
     def _check_backbone(self) -> Self:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(
+                f"name is {self.name[:100]!r}; use 1 to 200 characters, no slashes, no control "
+                "characters and no dot at the beginning"
+            )
         if self.backbone not in BACKBONES:
             raise ValueError(f"unknown backbone {self.backbone!r}; use {', '.join(BACKBONES)}")
         problems = model_args_problems(self.backbone, self.model_args)
+        if not problems:
+            patch = patch_size_px(self.backbone, self.model_args)
+            sizes = {
+                "preprocess.input_size_px": self.preprocess.input_size_px,
+                "model_args.img_size": self.model_args.get("img_size", patch),
+            }
+            problems = [
+                f"{key} is {size}, which patches of {patch} pixels do not divide"
+                for key, size in sizes.items()
+                if size % patch
+            ]
         if self.invariant_dim > self.feature_dim:
             problems.append(
                 f"invariant_dim is {self.invariant_dim}, but {self.backbone} "
@@ -292,10 +313,12 @@ def _current_version(part: dict[str, Any], name: str, source: str) -> dict[str, 
     """The fields of a section without its version, which must be this release's."""
     fields = dict(part)
     version = fields.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        advice = "upgrade clever-zoo" if newer else "save the model again with save_pretrained"
         raise SpecError(
             f"{source}: {name}.schema_version is {version!r}, this release reads "
-            f"{SCHEMA_VERSION}; upgrade clever-zoo"
+            f"{SCHEMA_VERSION}; {advice}"
         )
     return fields
 
@@ -310,14 +333,33 @@ def read_json(path: Path) -> Any:
     """The content of a config.json.
 
     Raises:
-        SpecError: If the file is missing or no JSON.
+        SpecError: If the file cannot be read, is larger than 1 MiB, or is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
     except FileNotFoundError as error:
         raise SpecError(f"{path} does not exist; a model folder holds {path.name}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SpecError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read: {error}") from error
+    return parse_json(content, str(path))
+
+
+def parse_json(content: str | bytes, source: str) -> Any:
+    """The value of a config.json's content; `source` is for the error message.
+
+    Raises:
+        SpecError: If it is larger than 1 MiB, or no JSON.
+    """
+    if len(content) > MAX_JSON_BYTES:
+        raise SpecError(
+            f"{source} is larger than {MAX_JSON_BYTES} bytes, the most that is read; "
+            "a model's description is a few thousand"
+        )
+    try:
+        return json.loads(content if isinstance(content, str) else content.decode())
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, huge numbers
+        raise SpecError(f"{source} is not valid JSON: {error}") from error
 
 
 def missing_keys(complete: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:

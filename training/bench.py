@@ -28,7 +28,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from bench.timing import canary_gflops, photograph, seconds, summary, take_turns
+from bench.record import Spread
+from bench.timing import canary_gflops, photograph, seconds, take_turns
 from clever_zoo.backbones import build_backbone, list_backbones, vmamba
 from clever_zoo.backbones.scan import selective_scan, selective_scan_loop
 from clever_zoo.cli import fail
@@ -94,6 +95,11 @@ def views_rounds(
             }
         )
     return results[1:]
+
+
+def spreads(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Median, least and greatest of each column."""
+    return {name: Spread.of([r[name] for r in rounds]).model_dump() for name in rounds[0]}
 
 
 def views_table(record: dict[str, Any]) -> Table:
@@ -164,7 +170,7 @@ def views(
             "title": f"{style} {strength}: 2 x {global_size} + {local_views} x {local_size} px",
             "settings": settings | {"image_size_px": image_size, "batch": batch},
             "environment": environment(device),
-            "summary": summary(figures),
+            "summary": spreads(figures),
             "rounds": figures,
         }
         if json_path is not None:
@@ -443,8 +449,8 @@ def scan(
         record = {
             "settings": settings,
             "environment": environment(device),
-            "seconds": summary(each),
-            "times_the_loop": summary(ratios),
+            "seconds": spreads(each),
+            "times_the_loop": spreads(ratios),
             "canary_gflops": canaries,
             "rounds": each,
         }

@@ -69,9 +69,20 @@ BACKBONES: dict[str, BackboneInfo] = {
 }
 
 
+# In pixels: beyond any model, but nothing that a description alone can fill the memory with.
+_LARGEST = {"img_size": 1024, "patch_size": 64}
+
+
 def list_backbones() -> tuple[str, ...]:
     """Names that `create_encoder` and training recipes accept."""
     return tuple(BACKBONES)
+
+
+def patch_size_px(name: str, model_args: dict[str, Any]) -> int:
+    """Side of a patch, which must divide the input's; 1 for a backbone that takes any size."""
+    if "patch_size" not in BACKBONES[name].allowed_args:
+        return 1
+    return model_args.get("patch_size", 16)
 
 
 def backbone_info(name: str) -> BackboneInfo:
@@ -94,17 +105,16 @@ def model_args_problems(name: str, model_args: dict[str, Any]) -> list[str]:
     allowed = BACKBONES[name].allowed_args
     problems = []
     for key, value in model_args.items():
-        whole = key in ("img_size", "patch_size")
+        largest = _LARGEST.get(key)
         if key not in allowed:
             problems.append(
                 f"model_args.{key}: not an argument of {name}; use {', '.join(allowed)}"
             )
-        elif isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        elif isinstance(value, bool) or not isinstance(value, int if largest else int | float):
             problems.append(f"model_args.{key} is {value!r}; use a number")
-        elif value < 1 if whole else not 0 <= value < 1:
-            problems.append(
-                f"model_args.{key} is {value!r}; use {'at least 1' if whole else '0 to 1'}"
-            )
+        elif not 1 <= value <= largest if largest else not 0 <= value < 1:
+            allowed_range = f"1 to {largest}" if largest else "0 to 1"
+            problems.append(f"model_args.{key} is {value!r}; use {allowed_range}")
     return problems
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from clever_zoo.embedder import ImageEmbedder
 from clever_zoo.runtimes import Runtime, choose_runtime, load_encoder, open_graph
 from clever_zoo.sources import is_onnx_path
-from clever_zoo.spec import CLASSIFIER_KEY, ModelSpec, PreprocessSpec
+from clever_zoo.spec import ModelSpec, PreprocessSpec
 
 Outputs = Mapping[str, NDArray[np.float32]]
 
@@ -65,7 +65,7 @@ def load_served_model(
     from clever_zoo.onnx_encoder import OnnxClassifier, OnnxEncoder
 
     graph = open_graph(source, device=device, threads=threads)
-    if CLASSIFIER_KEY not in graph.config:
+    if isinstance(graph.spec, ModelSpec):
         return served_encoder(OnnxEncoder(graph), alias, "onnx")
     classifier = OnnxClassifier(graph)
 

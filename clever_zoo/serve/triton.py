@@ -12,7 +12,6 @@ from clever_zoo.files import replacing, write_atomic
 from clever_zoo.onnx_graph import OnnxGraph
 from clever_zoo.preprocess import check_batch_size
 from clever_zoo.serve import MAX_IMAGE_PIXELS
-from clever_zoo.spec import CLASSIFIER_KEY, ClassifierSpec, ModelSpec, PreprocessSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -140,14 +139,13 @@ def write_triton_repository(
             f"{graph} takes {opened.info.input} pixels; a Triton repository is made of a graph "
             "with uint8 input, as export_onnx writes by default"
         )
-    encoder = _encoder(opened)
-    name = name or encoder.name
+    name = name or opened.encoder.name
     if not _NAME.fullmatch(name):
         raise SpecError(
             f"{name!r} cannot name a model of Triton's; pass a name of letters, digits and '._-' "
             "that begins with a letter or digit"
         )
-    values = _config_values(opened, encoder.preprocess) | {
+    values = _config_values(opened) | {
         "name": name,
         "max_batch_size": max_batch_size,
         "max_image_pixels": MAX_IMAGE_PIXELS,
@@ -165,20 +163,14 @@ def write_triton_repository(
     return name, f"{name}-jpeg"
 
 
-def _encoder(graph: OnnxGraph) -> ModelSpec:
-    if CLASSIFIER_KEY in graph.config:
-        return ClassifierSpec.from_config(graph.config, graph.source).encoder
-    return ModelSpec.from_config(graph.config, graph.source)
-
-
-def _config_values(graph: OnnxGraph, preprocess: PreprocessSpec) -> dict[str, object]:
+def _config_values(graph: OnnxGraph) -> dict[str, object]:
+    preprocess = graph.encoder.preprocess
     size_px = preprocess.input_size_px
-    widths = {output.name: output.shape[1] for output in graph.session.get_outputs()}
     outputs = [
         f'output {{ name: "{name}" data_type: TYPE_FP32 dims: [{width}] }}'
-        for name, width in widths.items()
+        for name, width in graph.outputs.items()
     ]
-    output_maps = [f'    output_map {{ key: "{name}" value: "{name}" }}' for name in widths]
+    output_maps = [f'    output_map {{ key: "{name}" value: "{name}" }}' for name in graph.outputs]
     return {
         "dims": [size_px, size_px, 3],
         "outputs": "\n".join(outputs),

@@ -1,5 +1,8 @@
 """The benchmark in miniature; no time is asserted."""
 
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from bench.__main__ import SECTIONS, SMOKE, Bench, main
+from bench.load import compare_with_session, run_load
 from bench.peers import fastembed_style_folder, timm_folder
 from bench.record import RESULTS, BenchRecord, Row, markdown
 from bench.timing import take_turns
@@ -51,6 +55,39 @@ def test_peers_compute_what_ours_does(tmp_path: Path) -> None:
         assert theirs.shape == ours.shape
         cosine = torch.cosine_similarity(torch.from_numpy(ours), torch.from_numpy(theirs))
         assert cosine.min() > 0.999
+
+
+class EveryThirdIsRefused(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    asked = 0
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        type(self).asked += 1
+        self.send_response(503 if self.asked % 3 == 0 else 200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_refused_requests_are_no_answers() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), EveryThirdIsRefused) as server:
+        threading.Thread(target=server.serve_forever).start()
+        address = f"127.0.0.1:{server.server_port}"
+        load = run_load(address, "m", 8, clients=1, requests=8)
+        assert (load.requests, load.errors) == (5, 3), "the one to warm up does not count"
+        server.shutdown()
+    none = run_load(address, "m", 8, clients=1, requests=2)
+    assert (none.requests, none.errors, none.images_per_s) == (0, 3, 0)
+    assert math.isnan(none.p50_ms)
+
+
+def test_a_load_of_less_than_a_batch_is_compared(onnx_models: Path) -> None:
+    load, alone = compare_with_session(onnx_models / "resnet18.onnx", clients=2, requests=2)
+    assert (load.requests, load.errors) == (4, 0)
+    assert alone > 0
 
 
 def test_turns_are_taken_and_the_first_round_is_left_out() -> None:

@@ -201,7 +201,7 @@ def test_list_info_and_help() -> None:
     assert runner.invoke(app, ["list", "--backbone", "vgg"]).exit_code == 2
     assert runner.invoke(app, ["info", "clever-resnet99"]).exit_code == 2
     assert runner.invoke(app, ["verify", "clever-resnet99"]).exit_code == 2
-    for command in ("list", "info", "embed", "compare", "verify"):
+    for command in ("list", "info", "embed", "compare", "convert", "verify"):
         shown = runner.invoke(app, [command, "--help"])
         assert shown.exit_code == 0
         assert "Usage" in shown.output

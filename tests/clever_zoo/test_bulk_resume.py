@@ -1,5 +1,6 @@
 """A bulk run that is stopped goes on: nothing lost, nothing doubled, memory constant."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -14,8 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pyarrow.parquet as pq
 import pytest
+import torch
 from numpy.typing import NDArray
 
 import clever_zoo
@@ -25,6 +28,7 @@ from clever_zoo.embedder import ImageEmbedder
 from clever_zoo.embedding import Embedding, split_features
 from clever_zoo.errors import BackendMissingError, DataError, ImageError
 from clever_zoo.locate import released_folder
+from clever_zoo.onnx_encoder import OnnxEncoder
 from clever_zoo.registry import model_info
 from clever_zoo.samples import sample_paths
 
@@ -161,6 +165,61 @@ def test_parts_of_another_run_are_refused(run, pictures, tmp_path: Path) -> None
     assert run(resume=True, paths=pictures[:-1]).resumed == 48, "a change after what is done"
 
 
+def test_two_runs_to_one_output_are_kept_apart(run, tmp_path: Path) -> None:
+    refused = []
+
+    def meanwhile(done: int) -> None:
+        if done in (16, 64):
+            with pytest.raises(DataError, match="another run holds") as caught:
+                run(resume=done == 64)
+            refused.append(str(caught.value))
+            assert run(name="other.npz").written == 89
+
+    report = run(on_progress=meanwhile)
+    assert (report.written, report.resumed, len(refused)) == (89, 0, 2)
+    assert str(tmp_path / ".out.parquet.lock") in refused[0]
+    assert not list(tmp_path.glob(".*")), "nothing is left behind"
+    assert run().written == 89
+
+
+def test_parts_of_another_graph_are_refused(pictures, onnx_model: Path, tmp_path: Path) -> None:
+    """The same spec and weights, but a graph that was made otherwise."""
+    graph = onnx.load(onnx_model)
+    graph.producer_version = "another"
+    onnx.save(graph, tmp_path / "other.onnx")
+    first, other = map(OnnxEncoder.from_pretrained, (onnx_model, tmp_path / "other.onnx"))
+    assert first.spec == other.spec
+    out = tmp_path / "out.npz"
+
+    def stopped(chunks, options, progress):
+        yield next(bulk.embed_chunks(first, chunks, options, progress))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_files(pictures, first, out, engine=stopped)
+    with pytest.raises(DataError, match=r"graph_sha256 was .* and is "):
+        embed_files(pictures, other, out, resume=True)
+    embed_files(pictures, first, out, resume=True)
+    with np.load(out) as arrays:
+        assert str(arrays["graph_sha256"]) == hashlib.sha256(onnx_model.read_bytes()).hexdigest()
+        assert str(arrays["sha256"]) == SPEC.weights.sha256
+
+
+def test_the_digest_is_of_the_weights_as_they_are(pictures, tmp_path: Path) -> None:
+    def recorded(encoder: clever_zoo.Encoder) -> str:
+        embed_files(pictures[:1], encoder, tmp_path / "out.npz")
+        with np.load(tmp_path / "out.npz") as arrays:
+            return str(arrays["sha256"])
+
+    encoder = clever_zoo.from_pretrained("clever-resnet18")
+    assert recorded(encoder) == SPEC.weights.sha256
+    with torch.no_grad():
+        encoder.backbone.conv1.weight += 0.1
+    assert recorded(encoder) == encoder.save_pretrained(tmp_path / "saved").weights.sha256
+    fresh = clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=8)
+    assert recorded(fresh) == fresh.save_pretrained(tmp_path / "fresh").weights.sha256
+
+
 @pytest.mark.parametrize("damage", ["truncated", "altered", "foreign"])
 def test_a_damaged_part_is_named_and_can_be_deleted(run, tmp_path: Path, damage: str) -> None:
     whole = tmp_path / "whole.parquet"
@@ -263,7 +322,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path, monkeypat
     assert many < 1.05 * few + 100_000, f"{few} and {many} bytes"
 
 
-def test_find_images_is_lazy_sorted_and_sees_each_file_once(tmp_path: Path) -> None:
+def test_find_images_is_lazy_sorted_and_sees_each_file_once(tmp_path: Path, monkeypatch) -> None:
     names = ["b/2.png", "b/1.JPG", "a.png", "a/z.png", "a/c/d.webp", "a-b/x.png", "a/n.txt", ".png"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -282,6 +341,8 @@ def test_find_images_is_lazy_sorted_and_sees_each_file_once(tmp_path: Path) -> N
         *(path for path in found if path.parent.name == "b"),
         *(path for path in found if path.parent.name != "b"),
     ]
+    monkeypatch.chdir(tmp_path)
+    assert len(list(find_images([".", tmp_path, "a/../a.png"]))) == 8, "'..' is not worked out"
     images = find_images([tmp_path / "a", tmp_path / "nothing"])
     assert next(images) == tmp_path / "a/c/d.webp"
     with pytest.raises(DataError, match="nothing is no file"):

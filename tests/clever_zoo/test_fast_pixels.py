@@ -88,13 +88,15 @@ def test_jpegs_really_take_the_fast_way(tmp_path, monkeypatch) -> None:
     np.testing.assert_array_equal(fast_image_pixels(str(tmp_path / "a.jpg"), SPECS[0]), expected)
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "bomb", "one pixel"])
+@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "bomb", "one pixel", "icon"])
 def test_bad_files_fail_as_with_pillow(tmp_path, kind, monkeypatch) -> None:
     path = tmp_path / "a.jpg"
     if kind == "text":
         path.write_text("not an image")
     elif kind != "missing":
         picture(200, 150).resize((1, 1) if kind == "one pixel" else (200, 150)).save(path)
+    if kind == "icon":
+        picture(32, 32).save(path, "ico")
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:-600])
     if kind == "bomb":

@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -34,6 +36,7 @@ from tests.onnx_models import CLASS_NAMES, pictures
 
 TOLERANCE = 1e-4  # of the norm of a half
 RELEASED = Path(__file__).parents[2] / "model_cards/clever-resnet18.fmnist"
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 IMPORT_LIMIT_MB = 100  # 65 to 82 seen, with what was read around mapped libraries
 
 
@@ -161,16 +164,44 @@ def test_bound_inputs_and_outputs_give_the_same(encoder: OnnxEncoder, monkeypatc
     pixels = np.stack([image_pixels(path, encoder.spec.preprocess) for path in pictures()])
     plain = encoder.embed_pixels(pixels)
     monkeypatch.setattr(encoder.graph, "device", "cuda")
-    to_numpy = ort.OrtValue.ortvalue_from_numpy
-    monkeypatch.setattr(
-        ort.OrtValue, "ortvalue_from_numpy", lambda array, device, index: to_numpy(array, "cpu", 0)
-    )
-    bind = ort.IOBinding.bind_output
-    monkeypatch.setattr(
-        ort.IOBinding, "bind_output", lambda self, name, device: bind(self, name, "cpu")
-    )
+    monkeypatch.setattr(encoder.graph, "device_id", 1)
+    devices = []
+
+    def to_numpy(array: np.ndarray, *device: object, call=ort.OrtValue.ortvalue_from_numpy):
+        devices.append(device)
+        return call(array, "cpu", 0)
+
+    def bind(self: ort.IOBinding, name: str, *device: object, call=ort.IOBinding.bind_output):
+        devices.append(device)
+        return call(self, name, "cpu")
+
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", to_numpy)
+    monkeypatch.setattr(ort.IOBinding, "bind_output", bind)
     for ours, theirs in zip(encoder.embed_pixels(pixels), plain, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+    assert devices == [("cuda", 1)] * 3
+
+
+class CudaSession:
+    """A session that says it runs on a second GPU."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._session, name)
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def get_provider_options(self) -> dict[str, dict[str, str]]:
+        return {"CUDAExecutionProvider": {"device_id": "1"}, "CPUExecutionProvider": {}}
+
+
+def test_the_device_is_that_of_the_providers_options(encoder: OnnxEncoder) -> None:
+    assert (encoder.graph.device, encoder.graph.device_id) == ("cpu", 0)
+    graph = OnnxGraph(CudaSession(encoder.graph.session), "m.onnx", "")
+    assert (graph.device, graph.device_id) == ("cuda", 1)
 
 
 def test_providers_are_as_chosen_or_refused_by_name(onnx_models: Path) -> None:
@@ -267,28 +298,90 @@ def test_a_folder_with_an_onnx_file_is_a_source(onnx_models: Path, tmp_path: Pat
         OnnxEncoder.from_pretrained(f"local-dir:{tmp_path}")
 
 
+class Node(NamedTuple):
+    name: str
+    type: str
+    shape: list[object]
+
+
+class Session:
+    """What a graph says of itself: a file's, but for what is passed."""
+
+    def __init__(
+        self,
+        like: ort.InferenceSession | None = None,
+        inputs: list[Node] | None = None,
+        outputs: list[Node] | None = None,
+        **metadata: str,
+    ) -> None:
+        known = like.get_modelmeta().custom_metadata_map if like else {}
+        self.custom_metadata_map = known | metadata
+        self.get_inputs = like.get_inputs if inputs is None and like else lambda: inputs
+        self.get_outputs = like.get_outputs if outputs is None and like else lambda: outputs
+
+    def get_modelmeta(self) -> "Session":
+        return self
+
+
 def test_metadata_that_do_not_fit_are_named() -> None:
-    class Session:
-        def __init__(self, **metadata: str) -> None:
-            self.metadata = metadata
+    info = '{"input": "uint8", "precision": "fp32", "version": "1"}'
+    for config, graph, message in (
+        ("{", "{}", "not valid JSON"),
+        ("{}", info.replace("fp32", "fp8"), r"(?s)m\.onnx, clever_graph:.*precision"),
+        *((config, info, "no 'clever' section") for config in ("5", "[]", "null", "{}")),
+    ):
+        with pytest.raises(SpecError, match=message):
+            OnnxGraph(Session(clever_config=config, clever_graph=graph), "m.onnx", "")
 
-        def get_modelmeta(self) -> "Session":
-            return self
 
-        @property
-        def custom_metadata_map(self) -> dict[str, str]:
-            return self.metadata
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"inputs": [Node("image", "tensor(uint8)", ["batch", 32, 32, 3])]},
+        {"inputs": [Node("pixels", "tensor(float)", ["batch", 32, 32, 3])]},
+        {"inputs": [Node("pixels", "tensor(uint8)", ["batch", 3, 32, 32])]},
+        {"outputs": [Node("invariant", "tensor(float)", ["batch", 512])]},
+        {
+            "outputs": [
+                Node("invariant", "tensor(float)", ["batch", 103]),
+                Node("equivariant", "tensor(float)", ["batch", 409]),
+            ]
+        },
+        {
+            "outputs": [
+                Node("invariant", "tensor(float16)", ["batch", 409]),
+                Node("equivariant", "tensor(float16)", ["batch", 103]),
+            ]
+        },
+    ],
+    ids=["name", "input type", "order", "one output", "widths", "output type"],
+)
+def test_a_graph_that_is_not_as_its_spec_says_is_refused(onnx_models: Path, wrong) -> None:
+    session = OnnxGraph.open(onnx_models / "resnet18.onnx").session
+    with pytest.raises(SpecError, match=r"m\.onnx: its (in|out)puts are .* export it again"):
+        OnnxGraph(Session(session, **wrong), "m.onnx", "")
 
-    with pytest.raises(SpecError, match="not valid JSON"):
-        OnnxGraph(Session(clever_config="{", clever_graph="{}"), "m.onnx")
-    with pytest.raises(SpecError, match=r"(?s)m\.onnx, clever_graph:.*precision"):
-        OnnxGraph(
-            Session(
-                clever_config="{}",
-                clever_graph='{"input": "uint8", "precision": "fp8", "version": "1"}',
-            ),
-            "m.onnx",
-        )
+
+def test_halves_are_told_apart_by_their_names(encoder: OnnxEncoder, expected, monkeypatch) -> None:
+    nodes = encoder.graph.session.get_outputs()[::-1]
+    monkeypatch.setattr(encoder.graph.session, "get_outputs", lambda: nodes)
+    monkeypatch.setattr(encoder.graph.session, "_outputs_meta", nodes)
+    swapped = OnnxEncoder(OnnxGraph(encoder.graph.session, "m.onnx", ""))
+    assert_same(swapped.embed(pictures()), expected)
+
+
+def test_no_extra_but_its_own_brings_onnx_runtime() -> None:
+    """Else [onnx-gpu,serve] would install both packages, which overwrite each other."""
+    extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+    brings = {name for name, packages in extras.items() if "onnxruntime" in " ".join(packages)}
+    assert brings == {"onnx", "onnx-gpu"}
+    asks = {
+        name
+        for name, packages in extras.items()
+        for package in packages
+        if "clever-zoo" in package and "onnx" in re.split(r"[\[,\]]", package)
+    }
+    assert asks == {"all"}
 
 
 def test_torch_is_never_imported_and_the_import_is_small(onnx_models: Path) -> None:

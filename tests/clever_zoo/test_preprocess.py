@@ -1,9 +1,11 @@
 """Preprocessing against timm, and every way an image can come in."""
 
+import io
 import json
 import pickle
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,20 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps, ImageSequence, features
 
 from clever_zoo.encoder import create_encoder, create_transform
 from clever_zoo.errors import ImageError
-from clever_zoo.preprocess import crop_pixels, load_image, normalize_pixels, pixel_batches
+from clever_zoo.preprocess import (
+    IMAGE_FORMATS,
+    IMAGE_SUFFIXES,
+    crop_pixels,
+    decode_image,
+    image_pixels,
+    load_image,
+    normalize_pixels,
+    pixel_batches,
+)
 from clever_zoo.spec import ModelSpec, PreprocessSpec
 
 ORIENTATION = 0x0112
@@ -94,6 +105,62 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
     exif[ORIENTATION] = orientation
     stored.save(tmp_path / "x.png", exif=exif)
     assert np.array_equal(np.asarray(load_image(tmp_path / "x.png")), np.asarray(upright))
+
+
+@pytest.mark.parametrize(("tag", "kind"), [(0x011A, 7), (0x0132, 11), (0x0100, 1)])
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_orientation_is_applied_beside_exif_that_is_malformed(tag: int, kind: int) -> None:
+    """Pillow cannot write such a tag again: a resolution of bytes, a date that is a float."""
+    entries = struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0)
+    entries += struct.pack("<HHI4s", tag, kind, 1, b"abcd")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    file = io.BytesIO()
+    picture(40, 24).save(file, "jpeg", exif=exif)
+    assert decode_image(file.getvalue(), "x").size == (24, 40)
+
+
+def test_suffixes_and_formats_are_the_same() -> None:
+    suffixes = Image.registered_extensions()
+    assert {suffixes[suffix] for suffix in IMAGE_SUFFIXES} == set(IMAGE_FORMATS)
+    for suffix in IMAGE_SUFFIXES:
+        file = io.BytesIO()
+        picture(40, 24).save(file, suffixes[suffix])
+        assert decode_image(file.getvalue(), "x").size == (40, 24)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "TGA", "JPEG2000"])
+def test_other_formats_are_not_opened(tmp_path: Path, kind: str) -> None:
+    """Ghostscript would run an EPS file; an ICO file is decoded when it is opened."""
+    path = tmp_path / "picture.jpg"
+    picture(32, 32).save(path, kind)
+    with pytest.raises(ImageError, match="it is no valid BMP, GIF, JPEG"):
+        load_image(path)
+
+
+def test_pictures_of_phones_are_opened(tmp_path: Path) -> None:
+    """JPEG files with a second picture behind the first, which Pillow calls MPO."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    others = [picture(40, 24, 1)]
+    picture(40, 24).save(
+        tmp_path / "x.jpg", "MPO", save_all=True, append_images=others, exif=exif, quality=95
+    )
+    with Image.open(tmp_path / "x.jpg") as opened:
+        assert opened.format == "MPO"
+        expected = ImageOps.exif_transpose(opened)
+    assert np.array_equal(np.asarray(load_image(tmp_path / "x.jpg")), np.asarray(expected))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_whatever_a_decoder_raises_is_an_image_error() -> None:
+    file = io.BytesIO()
+    picture(64, 64).save(file, "avif")
+    content = file.getvalue()
+    start = content.index(b"mdat") + 4
+    damaged = Image.open(io.BytesIO(content[:start] + b"\xff" * (len(content) - start)))
+    with pytest.raises(ImageError, match=r"image 2 .*Failed to decode") as caught:
+        load_image(damaged, 2)
+    assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 def test_modes_become_rgb_on_white() -> None:
@@ -212,6 +279,46 @@ def test_an_embedding_depends_on_the_picture_alone(tmp_path: Path) -> None:
     with torch.no_grad():
         direct = encoder(encoder.preprocess(images)).full.numpy()
     assert (np.abs(direct - results[0]) <= 1e-5 * norms).all()
+
+
+def buffer_filled_anew() -> Iterator[np.ndarray]:
+    buffer = np.zeros((32, 32, 3), dtype=np.uint8)
+    for value in range(8):
+        buffer[:] = 30 * value
+        yield buffer
+
+
+def frames() -> Iterator[Image.Image]:
+    """One PIL image that is read on."""
+    first, *others = (Image.new("RGB", (32, 32), (30 * value,) * 3) for value in range(8))
+    file = io.BytesIO()
+    first.save(file, "gif", save_all=True, append_images=others)
+    return ImageSequence.Iterator(Image.open(file))
+
+
+@pytest.mark.parametrize("images", [buffer_filled_anew, frames])
+def test_images_that_change_once_the_next_is_read(images) -> None:
+    (pixels,) = pixel_batches(images(), PreprocessSpec(input_size_px=32), 8, threads=4)
+    np.testing.assert_allclose(pixels[:, 9, 9, 0], 30 * np.arange(8), atol=1)
+
+
+def test_one_unread_image_many_times() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "jpeg")
+    p = PreprocessSpec(input_size_px=32)
+    expected = image_pixels(Image.open(file), p)
+    for _ in range(5):
+        (pixels,) = pixel_batches([Image.open(file)] * 6, p, 6, threads=6)
+        assert (pixels == expected).all()
+
+
+def test_the_first_bad_image_is_raised_in_its_turn(tmp_path: Path) -> None:
+    good, bad = picture(8, 8), np.zeros((8, 8), dtype=np.uint8)
+    batches = pixel_batches([good, good, tmp_path / "no.png", bad], PreprocessSpec(), 2, threads=2)
+    assert len(next(batches)) == 2
+    with pytest.raises(ImageError, match=r"image 2 .*no\.png"):
+        next(batches)
 
 
 def test_training_transform_varies_and_keeps_the_shape() -> None:

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -185,7 +186,7 @@ def test_help_teaches_with_examples() -> None:
         assert line in shown
 
 
-@pytest.mark.parametrize("command", ["embed", "compare", "export", "verify", "serve"])
+@pytest.mark.parametrize("command", ["embed", "compare", "convert", "export", "verify", "serve"])
 def test_help_swallows_no_word(command: str) -> None:
     text = getattr(cli, command).__doc__.replace("\b", "")
     assert " ".join(text.split()) in " ".join(shown_help(command).split())
@@ -195,7 +196,7 @@ def test_help_swallows_no_word(command: str) -> None:
 def test_resnet50_under_64_clients_keeps_85_percent_of_its_session(tmp_path: Path) -> None:
     torch.manual_seed(0)
     clever_zoo.export_onnx(clever_zoo.create_encoder("resnet50").eval(), tmp_path / "resnet50.onnx")
-    report = compare_with_session(tmp_path / "resnet50.onnx", rounds=3, requests=4)
-    print(report)
-    assert report.errors == 0
-    assert report.ratio >= 0.85
+    pairs = [compare_with_session(tmp_path / "resnet50.onnx", requests=4) for _ in range(3)]
+    print(pairs)
+    assert all(load.errors == 0 for load, _ in pairs)
+    assert statistics.median(load.images_per_s / alone for load, alone in pairs) >= 0.85
