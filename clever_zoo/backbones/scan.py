@@ -97,8 +97,13 @@ def _check_shapes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: 
             f"u is {u.dtype} of shape {tuple(u.shape)}; pass floats (b, k, c, l), none of them 0"
         )
     b, k, c, length = u.shape
-    expected = {"delta": (b, k, c, length), "A": (k, c), "D": (k, c)}
-    expected |= {"B": (b, k, length), "C": (b, k, length)}
+    expected = {
+        "delta": (b, k, c, length),
+        "A": (k, c),
+        "B": (b, k, length),
+        "C": (b, k, length),
+        "D": (k, c),
+    }
     given = {"delta": delta, "A": A, "B": B, "C": C, "D": D}
     for name, shape in expected.items():
         if given[name].shape != shape:
