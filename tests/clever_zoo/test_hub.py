@@ -162,7 +162,7 @@ def test_onnx_from_the_hub_runs_without_torch(
     hub: StandIn, onnx_models: Path, tmp_path: Path
 ) -> None:
     graph = onnx_models / "vit.onnx"
-    config = OnnxGraph.open(graph).config
+    config = OnnxGraph.open(graph).spec.to_config()
     tree = {CONFIG: json.dumps(config).encode(), ONNX: graph.read_bytes()}
     sums = [f"{hashlib.sha256(content).hexdigest()}  {name}" for name, content in tree.items()]
     hub.add(REPO, tree | {SUMS: "\n".join(sums).encode()})

@@ -224,7 +224,7 @@ def test_bad_images_are_replaced_by_the_next(photos: Path, cache: str, caplog) -
             batch = data.__getitems__([23, 4, 7, 0])
             assert torch.equal(batch.images, good[[1, 5, 7, 1]])
             assert sorted(batch.replaced.tolist()) == [0, 4, 23]
-    for path, reason in ((paths[0], "no such file"), (paths[4], "decoded"), (paths[23], "image")):
+    for path, reason in ((paths[0], "no such file"), (paths[4], "truncated"), (paths[23], "image")):
         lines = [r for r in caplog.messages if r.startswith(f"unreadable image {path}")]
         assert len(lines) == 1
         assert reason in lines[0]

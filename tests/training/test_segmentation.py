@@ -263,7 +263,7 @@ def test_a_training_run_is_a_source_too(tmp_path: Path, fashion_mnist_folder: Pa
     grid = patch_grid(encoder, pixels, "equivariant")
     assert grid.shape == (1, 2, 3, 103)
     assert torch.equal(grid[0, 1, 2], encoder.features(pixels)[0][0, 409:, 1, 2])
-    with pytest.raises(CleverZooError, match="neither a model name"):
+    with pytest.raises(CleverZooError, match="looks like a path"):
         load_encoder(str(tmp_path / "elsewhere"))
 
 
