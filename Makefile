@@ -20,7 +20,7 @@ test-onnx: $(READY_ONNX) $(MODELS)/.ready  ## the ONNX tests in an environment w
 		.venv-onnx/bin/python -m pytest -q -s tests/clever_zoo/test_onnx_encoder.py
 
 test-all: $(READY) $(MODELS)/.ready  ## adds the slow ones and those that read Fashion-MNIST
-	$(TESTS) -m "not gpu and not network and not triton"
+	$(TESTS) -n 2 --dist loadfile -m "not gpu and not network and not triton"
 
 test-triton: $(READY) $(MODELS)/.ready  ## needs a package index and Debian's python3-venv: a real Triton server
 	$(TESTS) -m triton
