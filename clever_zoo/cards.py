@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from clever_zoo.embedding import Part
 from clever_zoo.errors import SpecError
+from clever_zoo.hub import LIBRARY_NAME
 from clever_zoo.records import PARTS, ROLES, Interpolation, Network, Record, Result, Role
 from clever_zoo.spec import ModelSpec
 
@@ -341,11 +342,20 @@ def _results_section(spec: ModelSpec, record: Record) -> str:
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
+def _dataset(record: Record) -> DatasetFacts:
+    if record.dataset not in DATASETS:
+        raise SpecError(
+            f"no card can describe the data set {record.dataset!r}, only {', '.join(DATASETS)}; "
+            "add its facts to DATASETS in clever_zoo/cards.py"
+        )
+    return DATASETS[record.dataset]
+
+
 def _front_matter(licence: str, record: Record) -> str:
     """What the Hub reads of a card, with the class accuracies of the model."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    data = DATASETS[record.dataset]
+    data = _dataset(record)
     model = Column(record.model, record, record.model, "model")
     results = [
         EvalResult(
@@ -363,7 +373,7 @@ def _front_matter(licence: str, record: Record) -> str:
     ]
     card = ModelCardData(
         license=licence.lower(),
-        library_name="clever-zoo",
+        library_name=LIBRARY_NAME,
         pipeline_tag="image-feature-extraction",
         tags=["timm", "transformers", "self-supervised", "equivariance", "image-embeddings"],
         datasets=[data.hub_id],
@@ -382,14 +392,14 @@ def render_card(spec: ModelSpec, record: Record) -> str:
         record: Its results.json.
 
     Raises:
-        SpecError: If `spec` has no weights or no provenance.
+        SpecError: If `spec` has no weights or no provenance, or the data set is unknown.
     """
     if spec.weights is None or spec.provenance is None:
         raise SpecError(
             f"{spec.name!r} has no weights or no provenance; a card describes a released model, "
             "see training/release.py"
         )
-    data, p, weights = DATASETS[record.dataset], spec.preprocess, spec.weights
+    data, p, weights = _dataset(record), spec.preprocess, spec.weights
     licence = spec.provenance.license
     trained = [network for network in record.networks if "recipe" in network.training]
     hours = sum(network.training["seconds"] for network in trained) / 3600
@@ -446,9 +456,9 @@ metered, so none is stated.
 {_results_section(spec, record)}
 
 ## Files and digests
-`{weights.filename}`: {weights.size_bytes:,} bytes, float16 with float32 norm layers, loaded as
-float32; sha256 `{weights.sha256}`. `clever-zoo verify {spec.name}` recomputes the digest and the
-values of golden.json. The networks of the results, as stored in float16:
+`{weights.filename}`: {weights.size_bytes:,} bytes, loaded as float32; sha256
+`{weights.sha256}`. `clever-zoo verify {spec.name}` recomputes the digest and the values of
+golden.json. The networks of the results, as they are stored:
 
 {chr(10).join(_digest_lines(record))}
 

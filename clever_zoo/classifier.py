@@ -20,7 +20,8 @@ from clever_zoo.encoder import (
     usable_device,
 )
 from clever_zoo.errors import BackendMissingError, SpecError, WeightsMismatchError
-from clever_zoo.files import SUMS_FILENAME, write_atomic
+from clever_zoo.files import remove_derived, write_atomic
+from clever_zoo.hub import HubOptions
 from clever_zoo.locate import describes_classifier, locate_classifier
 from clever_zoo.preprocess import ImageInput, normalize_pixels, pixel_batches
 from clever_zoo.spec import CLASSIFIER_KEY, CONFIG_FILENAME, ClassifierSpec, WeightFile
@@ -176,7 +177,7 @@ class Classifier(nn.Module, PushToHub):
         """Write config.json and model.safetensors; timm and transformers read the folder too.
 
         Args:
-            folder: Created if missing; existing files of these names are replaced.
+            folder: See `Encoder.save_pretrained`.
             dtype: Storage type, see `Encoder.save_pretrained`.
 
         Returns:
@@ -190,7 +191,7 @@ class Classifier(nn.Module, PushToHub):
         encoder = self.encoder.spec.model_copy(update={"weights": weights})
         spec = self.spec.model_copy(update={"encoder": encoder})
         config = json.dumps(spec.to_config(), indent=2) + "\n"
-        (Path(folder) / SUMS_FILENAME).unlink(missing_ok=True)  # of what is replaced here
+        remove_derived(Path(folder))
         write_atomic(Path(folder) / weights.filename, content)
         write_atomic(Path(folder) / CONFIG_FILENAME, config.encode())
         return spec
@@ -236,13 +237,8 @@ class Classifier(nn.Module, PushToHub):
             BackendMissingError: If `device` cannot be used here.
         """
         target = usable_device(device)
-        spec, weights = locate_classifier(
-            source,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-        )
+        options = HubOptions(revision, cache_dir, local_files_only, token)
+        spec, weights = locate_classifier(source, options)
         return cls.load(spec, weights).to(target).eval()
 
     @classmethod
@@ -284,7 +280,8 @@ def load_model(source: str | Path, *, device: str = "cpu", **hub: Any) -> "Encod
         UnknownModelError, SourceError, SpecError, DownloadError, IntegrityError: See
             `clever_zoo.from_pretrained`.
     """
-    load = Classifier.from_pretrained if describes_classifier(source, **hub) else from_pretrained
+    is_classifier = describes_classifier(source, HubOptions(**hub))
+    load = Classifier.from_pretrained if is_classifier else from_pretrained
     return load(source, device=device, **hub)
 
 

@@ -21,7 +21,8 @@ from clever_zoo.errors import (
     NonFiniteError,
     ShapeError,
 )
-from clever_zoo.files import SUMS_FILENAME, write_atomic
+from clever_zoo.files import remove_derived, write_atomic
+from clever_zoo.hub import HubOptions
 from clever_zoo.locate import locate_model
 from clever_zoo.preprocess import (
     ImageInput,
@@ -161,7 +162,8 @@ class Encoder(nn.Module, ImageEmbedder, PushToHub):
         """Write config.json and model.safetensors; timm and transformers read the folder too.
 
         Args:
-            folder: Created if missing; existing files of these names are replaced.
+            folder: Created if missing; existing files of these names are replaced, and what was
+                made from other weights (`clever_zoo.files.DERIVED`) is removed.
             dtype: Storage type. float16 halves the file; norm layers and running statistics
                 stay float32, and loading always gives float32.
 
@@ -175,7 +177,7 @@ class Encoder(nn.Module, ImageEmbedder, PushToHub):
         weights = WeightFile.of(content)
         spec = self.spec.model_copy(update={"weights": weights})
         config = json.dumps(spec.to_config(), indent=2) + "\n"
-        (Path(folder) / SUMS_FILENAME).unlink(missing_ok=True)  # of what is replaced here
+        remove_derived(Path(folder))
         write_atomic(Path(folder) / weights.filename, content)
         write_atomic(Path(folder) / CONFIG_FILENAME, config.encode())
         return spec
@@ -238,13 +240,8 @@ def from_pretrained(
         BackendMissingError: If `device` cannot be used here.
     """
     target = usable_device(device)
-    spec, weights = locate_model(
-        source,
-        revision=revision,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        token=token,
-    )
+    options = HubOptions(revision, cache_dir, local_files_only, token)
+    spec, weights = locate_model(source, options)
     return Encoder.load(spec, weights).to(target).eval()
 
 

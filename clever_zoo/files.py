@@ -3,14 +3,17 @@
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from clever_zoo.errors import IntegrityError
-from clever_zoo.spec import WeightFile
+from clever_zoo.spec import MAX_JSON_BYTES, WeightFile
 
 SUMS_FILENAME = "SHA256SUMS"
+# What may lie beside weights and holds for those alone.
+DERIVED = (SUMS_FILENAME, "onnx/*.onnx", "results.json", "golden.json", "heads.safetensors")
 # Names are paths below the folder, of parts that do not begin with a dot.
 _SUMS_LINE = re.compile(r"([0-9a-f]{64})  ((?:[\w-][\w.-]*/)*[\w-][\w.-]*)", re.ASCII)
 
@@ -19,6 +22,12 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def blob_digest(path: Path) -> str:
+    """The digest by which git, and the Hub for its small files, knows a content."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def verify_file(path: Path, expected: WeightFile) -> None:
@@ -45,6 +54,13 @@ def verify_file(path: Path, expected: WeightFile) -> None:
         )
 
 
+def remove_derived(folder: Path) -> None:
+    """Remove from a model folder what holds no longer once its weights are replaced."""
+    for pattern in DERIVED:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
 def folder_files(folder: Path) -> set[str]:
     """Every file of a folder at any depth but SHA256SUMS, with forward slashes."""
     paths = (path for path in folder.rglob("*") if not path.is_dir())
@@ -61,15 +77,18 @@ def read_sums(path: Path) -> dict[str, str]:
     """File name -> digest of a SHA256SUMS file.
 
     Raises:
-        IntegrityError: If it is none.
+        IntegrityError: If it is none, names a file twice, or is larger than 1 MiB.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    matches = [_SUMS_LINE.fullmatch(line) for line in lines]
-    if not lines or None in matches:
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    lines = content.decode(errors="replace").splitlines()
+    sums = {match[2]: match[1] for match in map(_SUMS_LINE.fullmatch, lines) if match}
+    if not lines or len(sums) < len(lines) or len(content) > MAX_JSON_BYTES:
         raise IntegrityError(
-            f"{path} is no list of digests with lines 'SHA256  NAME'; fetch or build it again"
+            f"{path} is no list of digests with lines 'SHA256  NAME', each name once, in at most "
+            f"{MAX_JSON_BYTES} bytes; fetch or build it again"
         )
-    return {match[2]: match[1] for match in matches if match}
+    return sums
 
 
 def verify_listed(path: Path, name: str, sums: dict[str, str]) -> None:
@@ -79,7 +98,10 @@ def verify_listed(path: Path, name: str, sums: dict[str, str]) -> None:
         IntegrityError: If it is another file, or not listed.
     """
     if name not in sums:
-        raise IntegrityError(f"{name} is not listed in {SUMS_FILENAME}, so it cannot be checked")
+        raise IntegrityError(
+            f"{name} is not listed in {SUMS_FILENAME}, so it cannot be checked; remove it, or "
+            "fetch or build the model again"
+        )
     digest = file_digest(path)
     if digest != sums[name]:
         raise IntegrityError(
@@ -100,7 +122,7 @@ def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """
     folder = folder or path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
+    temporary = folder / f".{path.name}.{secrets.token_hex(8)}.tmp"
     try:
         yield temporary
         with temporary.open("rb") as file:

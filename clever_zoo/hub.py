@@ -5,22 +5,47 @@ Proxies, tokens, HF_ENDPOINT, HF_HOME and the layout of the cache are huggingfac
 
 import logging
 import re
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import clever_zoo
-from clever_zoo.errors import DownloadError, IntegrityError, SourceError, SpecError
-from clever_zoo.files import SUMS_FILENAME, read_sums, verify_file, verify_listed
+from clever_zoo.errors import DownloadError, IntegrityError, SourceError
+from clever_zoo.files import (
+    SUMS_FILENAME,
+    blob_digest,
+    file_digest,
+    read_sums,
+    verify_file,
+    verify_listed,
+)
 from clever_zoo.sources import HubSource
-from clever_zoo.spec import WeightFile, read_json
+from clever_zoo.spec import WeightFile
 
 logger = logging.getLogger(__name__)
 
 # Before another attempt at a transfer that broke off in a way huggingface_hub does not resume.
 _PAUSES_S = (1, 2)
 _OFFLINE = "no request may be made (local_files_only or HF_HUB_OFFLINE)"
+_SHA256_LENGTH = 64
 LIBRARY_NAME = "clever-zoo"
+
+
+class HubOptions(NamedTuple):
+    """How files of the Hub are had, in huggingface_hub's terms.
+
+    Attributes:
+        revision: Branch, tag or commit; None for the main branch.
+        cache_dir: None for the one that HF_HOME names.
+        local_files_only: Make no request.
+        token: None or True for the stored one, False for none.
+    """
+
+    revision: str | None = None
+    cache_dir: Path | None = None
+    local_files_only: bool = False
+    token: str | bool | None = None
 
 
 class HubRepo:
@@ -30,19 +55,11 @@ class HubRepo:
 
     Args:
         source: The repository and its revision.
-        cache_dir, local_files_only, token: As in huggingface_hub.
+        options: All but their revision.
     """
 
-    def __init__(
-        self,
-        source: HubSource,
-        *,
-        cache_dir: Path | None,
-        local_files_only: bool,
-        token: str | bool | None,
-    ) -> None:
-        self.source, self.cache_dir, self.token = source, cache_dir, token
-        self.local_files_only = local_files_only
+    def __init__(self, source: HubSource, options: HubOptions) -> None:
+        self.source, self.options = source, options
         self._fetch_again = False
         self._revision = source.revision
         self._sums: dict[str, str] | None = None
@@ -55,15 +72,15 @@ class HubRepo:
         """Whether no request may be made."""
         from huggingface_hub.constants import HF_HUB_OFFLINE
 
-        return self.local_files_only or HF_HUB_OFFLINE
+        return self.options.local_files_only or HF_HUB_OFFLINE
 
     def find(self, filename: str, expected: WeightFile | None = None) -> Path:
         """The path of a file in the cache, fetched if it is not there.
 
         Args:
             filename: With forward slashes.
-            expected: Its size and digest; without, SHA256SUMS of the repository says them, if
-                there is one.
+            expected: Its size and digest; without, SHA256SUMS of the repository says its digest,
+                and without that the cache, which names what it holds by digests.
 
         Raises:
             SourceError: If the repository's name is not valid.
@@ -97,8 +114,14 @@ class HubRepo:
             verify_file(path, expected)
         elif sums := self._listed():
             verify_listed(path, filename, sums)
-        elif path.suffix == ".json":
-            _check_json(path)
+        elif path.is_symlink():
+            _verify_blob(path)
+        elif path.suffix == ".onnx":
+            raise IntegrityError(
+                f"{path} cannot be checked: {self} has no {SUMS_FILENAME} and this cache no "
+                "symbolic links; have the repository's owner push it with clever-zoo, or export "
+                "the ONNX file"
+            )
 
     def _listed(self) -> dict[str, str]:
         """The content of SHA256SUMS; empty if the repository has none."""
@@ -136,7 +159,7 @@ class HubRepo:
 
         repo_id = self.source.repo_id
         try:
-            return try_to_load_from_cache(repo_id, filename, self.cache_dir, self._revision)
+            return try_to_load_from_cache(repo_id, filename, self.options.cache_dir, self._revision)
         except HFValidationError as error:
             raise invalid_name(repo_id, error) from error
 
@@ -150,7 +173,7 @@ class HubRepo:
                 return self._transfer(filename)
             except RemoteEntryNotFoundError:
                 return None
-            except (HTTPError, OSError, ValueError) as error:
+            except (HTTPError, OSError, RuntimeError, ValueError) as error:
                 pause_s = next(pauses_s, None)
                 if pause_s is None or not _is_transient(error):
                     raise self._failure(filename, error) from error
@@ -158,27 +181,36 @@ class HubRepo:
                 time.sleep(pause_s)
 
     def _transfer(self, filename: str) -> Path:
+        cached = self._cached(filename) if self._fetch_again else None
+        if isinstance(cached, str) and not Path(cached).is_symlink():
+            return self._replace_copy(filename, Path(cached))
+        return self._download(filename, self.options.cache_dir)
+
+    def _download(self, filename: str, cache_dir: Path | None) -> Path:
         from huggingface_hub import hf_hub_download
 
-        if self._fetch_again:
-            self._drop_copy(filename)
         path = hf_hub_download(
             self.source.repo_id,
             filename,
             revision=self._revision,
-            cache_dir=self.cache_dir,
-            token=self.token,
+            cache_dir=cache_dir,
+            token=self.options.token,
             force_download=self._fetch_again,
             library_name=LIBRARY_NAME,
             library_version=clever_zoo.__version__,
         )
         return Path(path)
 
-    def _drop_copy(self, filename: str) -> None:
+    def _replace_copy(self, filename: str, old: Path) -> Path:
         """Where the cache holds copies, not symbolic links, force_download leaves the old one."""
-        cached = self._cached(filename)
-        if isinstance(cached, str) and not Path(cached).is_symlink():
-            Path(cached).unlink()
+        depth = filename.count("/")
+        snapshots = old.parents[depth].parent
+        with tempfile.TemporaryDirectory(dir=snapshots.parent, prefix=".") as temporary:
+            new = self._download(filename, Path(temporary))
+            path = snapshots / new.parents[depth].name / filename
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new.resolve().replace(path)
+        return path
 
     def _absence(self, filename: str) -> str:
         if self.offline:
@@ -207,22 +239,32 @@ class HubRepo:
         return DownloadError(f"{filename} of {self} could not be fetched: {reason_of(error)}")
 
 
-def _check_json(path: Path) -> None:
-    try:
-        read_json(path)
-    except SpecError as error:
-        raise IntegrityError(str(error)) from error
+def _verify_blob(path: Path) -> None:
+    """Compare a link of the cache with the name of its file: git's digest, SHA-256 if it is large.
+
+    Raises:
+        IntegrityError: If it is another file.
+    """
+    name = path.resolve().name
+    digest = file_digest(path) if len(name) == _SHA256_LENGTH else blob_digest(path)
+    if digest != name:
+        raise IntegrityError(
+            f"{path} has the digest {digest}, the Hub says {name}; it was truncated or altered, "
+            "fetch it again"
+        )
 
 
 def _is_transient(error: Exception) -> bool:
     """Whether the connection broke or the server failed, so that another attempt may succeed.
 
-    Failures before the transfer, huggingface_hub has tried again itself and made others of.
+    Failures before the transfer, huggingface_hub has tried again itself and made others of. Those
+    of Xet transfers it lets through as RuntimeErrors.
     """
     from huggingface_hub.errors import HTTPError
 
     response = getattr(error, "response", None)
-    return isinstance(error, HTTPError) and (response is None or response.status_code >= 500)
+    broken = isinstance(error, HTTPError | RuntimeError)
+    return broken and (response is None or response.status_code >= 500)
 
 
 def reason_of(error: BaseException) -> str:
@@ -238,6 +280,8 @@ def reason_of(error: BaseException) -> str:
             "it does not exist, or this token may not do that; check the name, and log in with "
             "`hf auth login`, set HF_TOKEN or pass token"
         )
+    elif status == 412:
+        advice = "somebody else pushed meanwhile; look at what it holds now and push again"
     elif status == 429:
         advice = "the Hub limits the number of requests; wait a while, or log in"
     elif status is not None:

@@ -1,5 +1,6 @@
 """Find a model's files, wherever its source says they are, and verify them."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -8,10 +9,11 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from clever_zoo.errors import DownloadError, IntegrityError, SourceError, SpecError
 from clever_zoo.files import SUMS_FILENAME, read_sums, verify_file, verify_listed
-from clever_zoo.hub import HubRepo
+from clever_zoo.hub import HubOptions, HubRepo
 from clever_zoo.registry import HUB_PINS, model_info
 from clever_zoo.sources import (
     HubSource,
+    LocalSource,
     ReleasedSource,
     Source,
     is_onnx_path,
@@ -32,6 +34,7 @@ _PACKAGE = Path(__file__).parent
 # In a wheel the released models lie inside the package, in a checkout beside it.
 _MODEL_FOLDERS = (_PACKAGE / "model_cards", _PACKAGE.parent / "model_cards")
 ONNX_FILENAME = "onnx/model.onnx"
+_DEFAULTS = HubOptions()
 
 Found = TypeVar("Found")
 
@@ -52,7 +55,7 @@ class Files(Protocol):
 class FolderFiles(NamedTuple):
     """The files of a model in a folder; a missing one is left to whoever reads it.
 
-    If the folder has a SHA256SUMS, as published ones do, what it lists is verified.
+    If the folder has a SHA256SUMS, as published ones do, only what it lists is handed out.
     """
 
     folder: Path
@@ -62,8 +65,8 @@ class FolderFiles(NamedTuple):
         path, sums = self.folder / filename, self.folder / SUMS_FILENAME
         if expected is not None:
             verify_file(path, expected)
-        elif path.is_file() and sums.is_file() and filename in (listed := read_sums(sums)):
-            verify_listed(path, filename, listed)
+        elif path.is_file() and sums.is_file():
+            verify_listed(path, filename, read_sums(sums))
         return path
 
     def has(self, filename: str) -> bool:
@@ -75,11 +78,16 @@ class FolderFiles(NamedTuple):
         return False
 
 
-class ReleasedFiles(NamedTuple):
-    """The files of a released model: those of this installation, then those of its pinned repo."""
+@dataclasses.dataclass
+class ReleasedFiles:
+    """The files of a released model: those of this installation, then those of its pinned repo.
+
+    Once they are renewed, of its pinned repo only.
+    """
 
     packed: FolderFiles
     pinned: HubRepo
+    renewed: bool = False
 
     def find(self, filename: str, expected: WeightFile | None = None) -> Path:
         """See `Files`."""
@@ -92,34 +100,28 @@ class ReleasedFiles(NamedTuple):
 
     def renew(self) -> bool:
         """See `Files`."""
-        return self.pinned.renew()
+        self.renewed = self.pinned.renew()
+        return self.renewed
 
     def _holder(self, filename: str) -> Files:
-        return self.packed if self.packed.has(filename) else self.pinned
+        return self.packed if self.packed.has(filename) and not self.renewed else self.pinned
 
 
-def locate_model(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    cache_dir: Path | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-) -> tuple[ModelSpec, Path]:
+def locate_model(source: str | Path, options: HubOptions = _DEFAULTS) -> tuple[ModelSpec, Path]:
     """Find a model's spec and its verified weights file.
 
     A file of the Hub cache that is not what it should be is fetched again, once.
 
     Args:
-        source, revision: See `parse_source`.
-        cache_dir, local_files_only, token: As in huggingface_hub.
+        source: See `parse_source`.
+        options: For what is on the Hub.
 
     Raises:
         SourceError, UnknownModelError, SpecError, DownloadError: If it cannot be found.
         IntegrityError: If the weights are not the recorded ones.
     """
-    parsed = parse_source(source, revision)
-    files = _files(parsed, cache_dir, local_files_only, token)
+    parsed = parse_source(source, options.revision)
+    files = _files(parsed, options)
 
     def read() -> tuple[ModelSpec, Path]:
         if isinstance(parsed, ReleasedSource):
@@ -132,12 +134,7 @@ def locate_model(
 
 
 def locate_classifier(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    cache_dir: Path | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
+    source: str | Path, options: HubOptions = _DEFAULTS
 ) -> tuple[ClassifierSpec, Path]:
     """Find a classifier's spec and its verified weights file; arguments as in `locate_model`.
 
@@ -146,13 +143,13 @@ def locate_classifier(
         SourceError, UnknownModelError, DownloadError: If it cannot be found.
         IntegrityError: If the weights are not the recorded ones.
     """
-    parsed = parse_source(source, revision)
+    parsed = parse_source(source, options.revision)
     if isinstance(parsed, ReleasedSource):
         raise SpecError(
             f"{model_info(parsed.name).name!r} is an encoder; put a head on it with "
             f"clever_zoo.create_classifier({str(source)!r}, num_classes)"
         )
-    files = _files(parsed, cache_dir, local_files_only, token)
+    files = _files(parsed, options)
 
     def read() -> tuple[ClassifierSpec, Path]:
         spec = ClassifierSpec.read(files.find(CONFIG_FILENAME))
@@ -161,20 +158,13 @@ def locate_classifier(
     return _repaired(read, files)
 
 
-def locate_onnx(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    cache_dir: Path | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-) -> tuple[Path, Path | None]:
+def locate_onnx(source: str | Path, options: HubOptions = _DEFAULTS) -> tuple[Path, Path | None]:
     """Find an ONNX file, and the config.json of the model it was made from.
 
     Args:
         source: A path that ends in .onnx (its config.json stands inside it), or see
             `parse_source`.
-        revision, cache_dir, local_files_only, token: See `locate_model`.
+        options: See `locate_model`.
 
     Raises:
         SourceError, UnknownModelError, SpecError: If the model cannot be found.
@@ -183,8 +173,8 @@ def locate_onnx(
     """
     if is_onnx_path(source):
         return Path(source), None
-    parsed = parse_source(source, revision)
-    files = _files(parsed, cache_dir, local_files_only, token)
+    parsed = parse_source(source, options.revision)
+    files = _files(parsed, options)
     config, path = _repaired(lambda: (files.find(CONFIG_FILENAME), _onnx(files, source)), files)
     return path, config
 
@@ -209,48 +199,29 @@ def has_onnx(source: str | Path) -> bool:
     Raises:
         CleverZooError: If the model cannot be found.
     """
-    files = _files(parse_source(source), cache_dir=None, local_files_only=False, token=None)
+    files = _files(parse_source(source), _DEFAULTS)
     return _repaired(lambda: files.has(ONNX_FILENAME), files)
 
 
-def describes_classifier(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    cache_dir: Path | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-) -> bool:
+def describes_classifier(source: str | Path, options: HubOptions = _DEFAULTS) -> bool:
     """Whether a source is a classifier and not an encoder; arguments as in `locate_model`."""
-    parsed = parse_source(source, revision)
+    parsed = parse_source(source, options.revision)
     if isinstance(parsed, ReleasedSource):
         return False
-    files = _files(parsed, cache_dir, local_files_only, token)
+    files = _files(parsed, options)
     config = _repaired(lambda: files.find(CONFIG_FILENAME), files)
     return CLASSIFIER_KEY in read_json(config)
 
 
-def _files(
-    source: Source,
-    cache_dir: Path | None,
-    local_files_only: bool,
-    token: str | bool | None,
-) -> Files:
-    hub = functools.partial(
-        HubRepo, cache_dir=cache_dir, local_files_only=local_files_only, token=token
-    )
+def _files(source: Source, options: HubOptions) -> Files:
     if isinstance(source, HubSource):
-        return hub(source)
+        return HubRepo(source, options)
     if isinstance(source, ReleasedSource):
         spec = model_info(source.name)
-        if spec.name not in HUB_PINS:
-            return FolderFiles(released_folder(spec))
-        return ReleasedFiles(
-            FolderFiles(_packed_folder(spec)), hub(HubSource(*HUB_PINS[spec.name]))
-        )
-    if not source.folder.is_dir():
-        raise SourceError(f"{source.folder} is no folder; pass one that holds {CONFIG_FILENAME}")
-    return FolderFiles(source.folder)
+        if pin := HUB_PINS.get(spec.name):
+            packed = FolderFiles(_packed_folder(spec))
+            return ReleasedFiles(packed, HubRepo(HubSource(*pin), options))
+    return FolderFiles(_folder(source))
 
 
 def _repaired(read: Callable[[], Found], files: Files) -> Found:
@@ -265,7 +236,7 @@ def _repaired(read: Callable[[], Found], files: Files) -> Found:
 
 
 def _verified_weights(spec: ModelSpec, files: Files, source: str | Path) -> Path:
-    weights = _weights_of(spec, str(source))
+    weights = spec.saved_weights
     path = files.find(weights.filename, weights)
     if isinstance(source, str) and source != spec.name:
         _log_resolution(source, spec.name, weights.sha256)
@@ -278,13 +249,28 @@ def _log_resolution(source: str, name: str, sha256: str) -> None:
     logger.info("%s resolves to %s, sha256 %s", source, name, sha256)
 
 
-def _weights_of(spec: ModelSpec, source: str) -> WeightFile:
-    if spec.weights is None:
-        raise SpecError(
-            f"{source}: the spec of {spec.name!r} records no weights file; save the model again "
-            "with its save_pretrained"
+def model_folder(source: str | Path) -> Path:
+    """The folder of a model on this machine.
+
+    Raises:
+        SourceError: If the source is malformed, no folder, or a Hub repository.
+        UnknownModelError, DownloadError: If a released model cannot be found.
+    """
+    parsed = parse_source(source)
+    if isinstance(parsed, HubSource):
+        raise SourceError(
+            f"{str(source)!r} is a repository on the Hub; download it "
+            f"(`hf download {parsed.repo_id} --local-dir PATH`), then name 'local-dir:PATH'"
         )
-    return spec.weights
+    return _folder(parsed)
+
+
+def _folder(source: LocalSource | ReleasedSource) -> Path:
+    if isinstance(source, ReleasedSource):
+        return released_folder(model_info(source.name))
+    if not source.folder.is_dir():
+        raise SourceError(f"{source.folder} is no folder; pass one that holds {CONFIG_FILENAME}")
+    return source.folder
 
 
 def released_folder(spec: ModelSpec) -> Path:

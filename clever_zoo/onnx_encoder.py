@@ -59,7 +59,7 @@ class OnnxEncoder(ImageEmbedder):
         Raises:
             UnknownModelError, SourceError, SpecError, DownloadError: If it cannot be found; the
                 message says how to make the .onnx file.
-            IntegrityError: If it is damaged, or of other weights than the config.json beside it.
+            IntegrityError: If it is damaged, or of another model than the config.json beside it.
             BackendMissingError: If a named provider cannot be used here.
         """
         return cls(OnnxGraph.find(source, providers=providers, threads=threads, **hub))

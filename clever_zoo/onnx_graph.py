@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from clever_zoo.embedding import Embedding
 from clever_zoo.errors import BackendMissingError, IntegrityError, SourceError, SpecError
 from clever_zoo.files import file_digest
+from clever_zoo.hub import HubOptions
 from clever_zoo.locate import locate_onnx
 from clever_zoo.preprocess import check_pixels, normalize_pixels
 from clever_zoo.spec import (
@@ -196,17 +197,16 @@ class OnnxGraph:
         """Find a model's ONNX file and open it; see `locate_onnx` and `open`.
 
         Raises:
-            IntegrityError: If it is damaged, or of other weights than the config.json beside it.
+            IntegrityError: If it is damaged, or of another model than the config.json beside it.
         """
-        path, config_path = locate_onnx(source, **hub)
+        path, config_path = locate_onnx(source, HubOptions(**hub))
         graph = cls.open(path, providers=providers, threads=threads)
         if config_path is not None:
-            beside = _encoder_of(type(graph.spec).read(config_path)).weights
-            if graph.encoder.weights != beside:
+            inside, beside = _facts(graph.spec), _facts(type(graph.spec).read(config_path))
+            if other := [key for key in inside if inside[key] != beside[key]]:
                 raise IntegrityError(
-                    f"{path} was made from the weights {graph.encoder.weights!r}, {config_path} "
-                    f"records {beside!r}; "
-                    "export it again"
+                    f"{path} was made from another model than {config_path} describes (different: "
+                    f"{', '.join(other)}); export it again"
                 )
         return graph
 
@@ -234,6 +234,12 @@ class OnnxGraph:
 
 def _encoder_of(spec: ModelSpec | ClassifierSpec) -> ModelSpec:
     return spec.encoder if isinstance(spec, ClassifierSpec) else spec
+
+
+def _facts(spec: ModelSpec | ClassifierSpec) -> dict[str, Any]:
+    """What determines the outputs and where they come from: all but the name."""
+    facts = dict(spec) | dict(_encoder_of(spec))
+    return {key: value for key, value in facts.items() if key not in ("name", "encoder")}
 
 
 def _output_widths(spec: ModelSpec | ClassifierSpec) -> dict[str, int]:

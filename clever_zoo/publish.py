@@ -1,8 +1,8 @@
 """Model repositories for the Hub: `build` a folder offline, `push` it in a second, thin step."""
 
 import contextlib
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 
 import clever_zoo
 from clever_zoo.cards import card_figures, render_card
-from clever_zoo.errors import DataError, IntegrityError, SourceError, SpecError
+from clever_zoo.errors import DataError, IntegrityError
 from clever_zoo.files import (
     SUMS_FILENAME,
     folder_files,
@@ -19,11 +19,10 @@ from clever_zoo.files import (
     verify_listed,
     write_sums,
 )
-from clever_zoo.golden import GOLDEN_FILENAME, check_golden, compare_golden
-from clever_zoo.locate import ONNX_FILENAME, released_folder
+from clever_zoo.golden import GOLDEN_FILENAME, compare_golden
+from clever_zoo.locate import ONNX_FILENAME, model_folder, released_folder
 from clever_zoo.records import RESULTS_FILENAME, Record
-from clever_zoo.registry import list_models, model_info
-from clever_zoo.sources import HubSource, LocalSource, ReleasedSource, parse_source
+from clever_zoo.registry import released
 from clever_zoo.spec import CARD_FILENAME, CONFIG_FILENAME, ModelSpec, WeightFile
 from clever_zoo.upload import Upload, UploadPlan, plan_upload, upload_folder
 
@@ -38,11 +37,11 @@ def build(source: str | Path, folder: str | Path) -> ModelSpec:
     Args:
         source: A released name, or "local-dir:PATH" or a Path of a folder such as
             `training.release` writes.
-        folder: Target, created; it must not exist or be empty.
+        folder: Target, created; it must not exist or be empty, and not be the current one.
 
     Raises:
         SourceError, UnknownModelError, DownloadError: If the model is not on this machine.
-        DataError: If a file of it is missing, or the target is not empty.
+        DataError: If a file of it is missing, or the target is not empty or has no name.
         IntegrityError: If its files do not fit together, or give other values than golden.json.
         ExportParityError: If the ONNX file would not give torch's values.
         BackendMissingError: Without the extra [export].
@@ -51,7 +50,7 @@ def build(source: str | Path, folder: str | Path) -> ModelSpec:
     from clever_zoo.onnx_encoder import OnnxEncoder
     from clever_zoo.onnx_export import export_onnx
 
-    origin = _folder_of(source)
+    origin = model_folder(source)
     release = _Release.read(origin)
     if absent := sorted(release.files() - folder_files(origin)):
         raise DataError(
@@ -59,14 +58,14 @@ def build(source: str | Path, folder: str | Path) -> ModelSpec:
             "write them"
         )
     release.check()
-    check_golden(origin)
     with _new_folder(Path(folder)) as temporary:
         for name in sorted(release.files()):
             (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(origin / name, temporary / name)
-        graph = temporary / ONNX_FILENAME
-        export_onnx(from_pretrained(temporary), graph)
-        compare_golden(OnnxEncoder.from_pretrained(graph), temporary / GOLDEN_FILENAME)
+        encoder = from_pretrained(temporary)
+        compare_golden(encoder, temporary / GOLDEN_FILENAME)
+        export_onnx(encoder, temporary / ONNX_FILENAME)
+        compare_golden(OnnxEncoder.from_pretrained(temporary), temporary / GOLDEN_FILENAME)
         write_sums(temporary)
     return release.spec
 
@@ -92,7 +91,9 @@ def push(
 
     Raises:
         DataError: If a file is missing or one too many.
-        SpecError, IntegrityError: If a digest, the card, the record or the registry does not fit.
+        SpecError, IntegrityError: If a digest, the card, the record, the released files or the
+            values of torch or of the ONNX file do not fit.
+        BackendMissingError: Without the extras [torch] and [onnx].
         SourceError: If the repository's name is not valid.
         UploadError: If it fails; the files there are as they were.
     """
@@ -122,6 +123,9 @@ def plan_push(
 
 def check_built(folder: str | Path) -> ModelSpec:
     """Check that a folder is what `build` writes; see `push` for what is raised."""
+    from clever_zoo.encoder import from_pretrained
+    from clever_zoo.onnx_encoder import OnnxEncoder
+
     folder = Path(folder)
     if not (folder / SUMS_FILENAME).is_file():
         raise DataError(f"{folder} has no {SUMS_FILENAME}; make it with `clever-zoo publish build`")
@@ -132,6 +136,8 @@ def check_built(folder: str | Path) -> ModelSpec:
     release = _Release.read(folder)
     _check_names(folder, files, release.files() | {ONNX_FILENAME})
     release.check()
+    for encoder in (from_pretrained(folder), OnnxEncoder.from_pretrained(folder)):
+        compare_golden(encoder, folder / GOLDEN_FILENAME)
     return release.spec
 
 
@@ -145,30 +151,19 @@ def _check_names(folder: Path, files: AbstractSet[str], expected: AbstractSet[st
         )
 
 
-def _folder_of(source: str | Path) -> Path:
-    match parse_source(source):
-        case ReleasedSource(name):
-            return released_folder(model_info(name))
-        case LocalSource(folder):
-            return folder
-        case HubSource():
-            raise SourceError(
-                f"{source} is on the Hub already; name a released model or 'local-dir:PATH'"
-            )
-
-
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A temporary sibling, renamed to `folder` if nothing was raised."""
+    if not folder.name or ".." in folder.parts:
+        raise DataError(f"'{folder}' names no new folder; give it a name of its own, without '..'")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} is not empty; name another folder, or remove it first")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as outer:
+        temporary = Path(outer) / folder.name
+        temporary.mkdir()  # inside, because only its owner can read the outer one
         yield temporary
         temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _Release(NamedTuple):
@@ -182,11 +177,8 @@ class _Release(NamedTuple):
     @classmethod
     def read(cls, folder: Path) -> Self:
         spec = ModelSpec.read(folder / CONFIG_FILENAME)
-        if spec.weights is None:
-            raise SpecError(
-                f"{folder / CONFIG_FILENAME} records no weights file; save it with save_pretrained"
-            )
-        return cls(folder, spec, spec.weights, Record.read(folder / RESULTS_FILENAME))
+        record = Record.read(folder / RESULTS_FILENAME)
+        return cls(folder, spec, spec.saved_weights, record)
 
     def files(self) -> set[str]:
         """Names of what it consists of."""
@@ -195,10 +187,11 @@ class _Release(NamedTuple):
         return names | {self.weights.filename} | figures
 
     def check(self) -> None:
-        """Check that weights, registry, record and card speak of one model."""
+        """Check that weights, registry, record and card speak of one model, the released one."""
         name, config = self.spec.name, self.folder / CONFIG_FILENAME
         verify_file(self.folder / self.weights.filename, self.weights)
-        if name in list_models() and self.spec != model_info(name):
+        registered = released(name)
+        if registered not in (None, self.spec):
             raise IntegrityError(
                 f"{config} differs from the registry's entry of {name!r}; correct one of them"
             )
@@ -213,8 +206,18 @@ class _Release(NamedTuple):
                 f"{self.weights.sha256}; evaluate these weights"
             )
         card = self.folder / CARD_FILENAME
-        if card.read_text(encoding="utf-8") != render_card(self.spec, self.record):
+        if card.read_bytes() != render_card(self.spec, self.record).encode():
             raise IntegrityError(
                 f"{card} is not the card of its config.json and results.json; write it with "
                 "`make tables`"
             )
+        if registered is not None:
+            self._check_same_as(released_folder(registered))
+
+    def _check_same_as(self, original: Path) -> None:
+        for name in sorted(self.files() & folder_files(original)):
+            if (self.folder / name).read_bytes() != (original / name).read_bytes():
+                raise IntegrityError(
+                    f"{self.folder / name} differs from {original / name}, which is released; "
+                    "build it again"
+                )

@@ -70,6 +70,11 @@ def list_models(pattern: str = "*", *, backbone: str | None = None) -> tuple[str
     )
 
 
+def released(full_name: str) -> ModelSpec | None:
+    """The spec of a released model, None if nothing was released under this full name."""
+    return _MODELS.get(full_name)
+
+
 def model_info(name: str) -> ModelSpec:
     """The spec of a released model, by full name or by the name without its tag.
 
@@ -77,8 +82,8 @@ def model_info(name: str) -> ModelSpec:
         UnknownModelError: With close matches, or with the recipe that would make it.
     """
     full_name = f"{name}.{DEFAULT_TAGS[name]}" if name in DEFAULT_TAGS else name
-    if full_name in _MODELS:
-        return _MODELS[full_name]
+    if spec := released(full_name):
+        return spec
     known = re.fullmatch(r"(clever|dino)-([a-z0-9-]+?)(\.[a-z0-9-]+)?", name)
     if known and known[2].replace("-", "_") in BACKBONES:
         recipe = name if known[3] else f"{name}.fmnist"

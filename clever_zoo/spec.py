@@ -167,6 +167,20 @@ class ModelSpec(_Spec):
         return self
 
     @property
+    def saved_weights(self) -> WeightFile:
+        """The weights file.
+
+        Raises:
+            SpecError: If none is recorded.
+        """
+        if self.weights is None:
+            raise SpecError(
+                f"the spec of {self.name!r} records no weights file; save the model again with its "
+                "save_pretrained"
+            )
+        return self.weights
+
+    @property
     def feature_dim(self) -> int:
         """Width D of the features."""
         return BACKBONES[self.backbone].feature_dim

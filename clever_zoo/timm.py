@@ -16,8 +16,9 @@ from typing import Any
 
 from clever_zoo.backbones import BACKBONES
 from clever_zoo.errors import BackendMissingError
+from clever_zoo.hub import HubOptions
 from clever_zoo.locate import locate_model
-from clever_zoo.registry import DEFAULT_TAGS, RELEASED, model_info
+from clever_zoo.registry import DEFAULT_TAGS, RELEASED, model_info, released
 from clever_zoo.spec import ModelSpec
 
 try:
@@ -36,9 +37,6 @@ except ImportError as error:
         f'{error.name} is not installed: pip install "clever-zoo[torch]"'
     ) from error
 
-# By the source that timm's registry has for each.
-_RELEASED: dict[Any, ModelSpec] = {spec.name: spec for spec in RELEASED}
-
 
 def _described_models() -> dict[str, dict[str, Any] | PretrainedCfg]:
     """timm's name -> what it knows of a model; a tag that ends in * is the default one."""
@@ -49,9 +47,9 @@ def _described_models() -> dict[str, dict[str, Any] | PretrainedCfg]:
         # timm lists as pretrained what has a source; `_with_weights` finds the file behind it.
         config = spec.to_config()["pretrained_cfg"] | {"url": spec.name}
         described[f"{model.replace('-', '_')}.{tag}{mark}"] = config
-    released = {name.partition(".")[0] for name in described}
+    models = {name.partition(".")[0] for name in described}
     for backbone, info in BACKBONES.items():
-        if f"clever_{backbone}" not in released:
+        if f"clever_{backbone}" not in models:
             fresh = ModelSpec(name=backbone, backbone=backbone, invariant_dim=info.feature_dim)
             described[f"clever_{backbone}"] = fresh.to_config()["pretrained_cfg"]
     return described
@@ -71,7 +69,7 @@ def _create(
     if isinstance(pretrained_cfg, str):
         model_info(f"{model}.{pretrained_cfg}")  # timm's error for another tag names no recipe
     cfg = resolve_pretrained_cfg(f"clever_{backbone}", pretrained_cfg)
-    spec = _RELEASED.get(cfg.url)
+    spec = released(str(cfg.url))
     cfg = dataclasses.replace(cfg, **(pretrained_cfg_overlay or {}))
     if pretrained:
         cfg = _with_weights(cfg, model, kwargs.get("cache_dir"))
@@ -83,11 +81,10 @@ def _create(
 
 def _with_weights(cfg: PretrainedCfg, model: str, cache_dir: str | Path | None) -> PretrainedCfg:
     """The cfg with the verified file of a released model, unless it names weights of its own."""
-    if cfg.state_dict or cfg.file or cfg.hf_hub_id or (cfg.url and cfg.url not in _RELEASED):
+    if cfg.state_dict or cfg.file or cfg.hf_hub_id or (cfg.url and not released(str(cfg.url))):
         return cfg
-    _, weights = locate_model(
-        str(cfg.url or model), cache_dir=Path(cache_dir) if cache_dir else None
-    )
+    options = HubOptions(cache_dir=Path(cache_dir) if cache_dir else None)
+    _, weights = locate_model(str(cfg.url or model), options)
     return dataclasses.replace(cfg, file=str(weights))
 
 

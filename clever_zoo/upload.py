@@ -2,7 +2,6 @@
 
 import contextlib
 import fnmatch
-import hashlib
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -11,15 +10,20 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import clever_zoo
 from clever_zoo.errors import UploadError
-from clever_zoo.files import SUMS_FILENAME, file_digest, folder_files, write_atomic, write_sums
+from clever_zoo.files import (
+    DERIVED,
+    SUMS_FILENAME,
+    blob_digest,
+    file_digest,
+    folder_files,
+    write_atomic,
+    write_sums,
+)
 from clever_zoo.hub import LIBRARY_NAME, invalid_name, reason_of
 from clever_zoo.spec import CARD_FILENAME
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, RepoFile
-
-# What `publish.push` may have put there and describes the weights that are replaced.
-_DERIVED = ("onnx/*", "figures/*", "results.json", "golden.json")
 
 
 class UploadPlan(NamedTuple):
@@ -55,7 +59,6 @@ def plan_upload(
     folder: Path,
     repo_id: str,
     *,
-    removable: Sequence[str] = ("*",),
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> UploadPlan:
@@ -64,7 +67,6 @@ def plan_upload(
     Args:
         folder: What the repository is to hold.
         repo_id: "org/name".
-        removable: Patterns of files in the repository that go if the folder lacks them.
         revision: Branch to compare with, None for the main one.
         token: As in huggingface_hub.
 
@@ -73,7 +75,7 @@ def plan_upload(
         UploadError: If the repository cannot be read.
     """
     with _uploading(repo_id):
-        return _plan(_api(token), folder, repo_id, removable, revision)
+        return _plan(_remote_files(_api(token), repo_id, revision), folder)
 
 
 def upload_folder(
@@ -82,6 +84,7 @@ def upload_folder(
     *,
     message: str,
     removable: Sequence[str] = ("*",),
+    kept: Sequence[str] = (),
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
@@ -90,23 +93,27 @@ def upload_folder(
     """Make a repository hold a folder, in one commit; it is created if it does not exist.
 
     Args:
-        folder, repo_id, removable, revision, token: See `plan_upload`.
+        folder, repo_id, revision, token: See `plan_upload`.
         message: First line of the commit.
+        removable: Patterns of files in the repository that go if the folder lacks them.
+        kept: Names of files that stay as they are in the repository, if it has them.
         private: None for the owner's default; True is refused where the repository is public.
         create_pr: Open a pull request instead.
 
     Raises:
         SourceError: If the name is not valid.
-        UploadError: If it fails; the files there are as they were.
+        UploadError: If it fails, also because somebody else pushed meanwhile; the files there are
+            as they were.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     api = _api(token)
     with _uploading(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.repo_info(repo_id).private:
+        head = api.repo_info(repo_id, revision=revision)
+        if private and not head.private:
             raise UploadError(f"{repo_id} is public already; make it private there first")
-        plan = _plan(api, folder, repo_id, removable, revision)
+        plan = _plan(_remote_files(api, repo_id, head.sha), folder, removable, kept)
         done = api.create_commit(
             repo_id,
             [
@@ -116,6 +123,7 @@ def upload_folder(
             commit_message=message,
             revision=revision,
             create_pr=create_pr,
+            parent_commit=head.sha,
         )
     return Upload(plan, done.pr_url or done.commit_url, done.oid)
 
@@ -138,17 +146,22 @@ def _uploading(repo_id: str) -> Iterator[None]:
         raise
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         # RuntimeError, ValueError: what huggingface_hub makes of a failed transfer or bad metadata.
-        raise UploadError(f"{repo_id} was not changed: {reason_of(error)}") from error
+        raise UploadError(
+            f"no file of {repo_id} was changed (if only the Hub's answer was lost, pushing again "
+            f"finds nothing to do): {reason_of(error)}"
+        ) from error
 
 
 def _plan(
-    api: "HfApi", folder: Path, repo_id: str, removable: Sequence[str], revision: str | None
+    remote: "dict[str, RepoFile] | None",
+    folder: Path,
+    removable: Sequence[str] = ("*",),
+    kept: Sequence[str] = (),
 ) -> UploadPlan:
-    remote = _remote_files(api, repo_id, revision)
-    names = sorted(folder_files(folder) | {SUMS_FILENAME})
     there = remote or {}
+    names = sorted((folder_files(folder) | {SUMS_FILENAME}) - (there.keys() & set(kept)))
     same = {name for name in names if name in there and _is_same(folder / name, there[name])}
-    gone = there.keys() - set(names) - {".gitattributes"}
+    gone = there.keys() - set(names) - set(kept) - {".gitattributes"}
     return UploadPlan(
         exists=remote is not None,
         added=tuple(name for name in names if name not in there),
@@ -173,10 +186,7 @@ def _remote_files(api: "HfApi", repo_id: str, revision: str | None) -> "dict[str
 def _is_same(path: Path, remote: "RepoFile") -> bool:
     if remote.lfs is not None:
         return remote.lfs.sha256 == file_digest(path)
-    content = path.read_bytes()
-    # A file that is not in large storage is known by the digest of its git blob.
-    blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
-    return remote.blob_id == blob.hexdigest()
+    return remote.blob_id == blob_digest(path)
 
 
 class PushToHub(ABC):
@@ -203,9 +213,9 @@ class PushToHub(ABC):
     ) -> str:
         """Save the model to a repository on the Hub, in one commit.
 
-        It holds config.json, model.safetensors, SHA256SUMS and a short card. An ONNX file and
-        results of weights that were there before are removed; other files stay. A released model
-        with all that belongs to it is published with `clever-zoo publish`.
+        It holds config.json, model.safetensors, SHA256SUMS and, if it had no card, a short one.
+        An ONNX file and results of weights that were there before are removed; other files stay.
+        A released model with all that belongs to it is published with `clever-zoo publish`.
 
         Args:
             repo_id: "org/name"; created if it does not exist.
@@ -227,13 +237,14 @@ class PushToHub(ABC):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             self.save_pretrained(folder, dtype=dtype)
+            write_sums(folder)  # not of the card, which is its owner's to change
             write_atomic(folder / CARD_FILENAME, _short_card(repo_id, self._loader).encode())
-            write_sums(folder)
             done = upload_folder(
                 folder,
                 repo_id,
                 message=commit_message or f"Upload {type(self).__name__} with clever-zoo",
-                removable=_DERIVED,
+                removable=DERIVED,
+                kept=(CARD_FILENAME,),
                 private=private,
                 revision=revision,
                 create_pr=create_pr,
@@ -246,9 +257,9 @@ def _short_card(repo_id: str, loader: str) -> str:
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
-        library_name="clever-zoo",
+        library_name=LIBRARY_NAME,
         pipeline_tag="image-feature-extraction",
-        tags=["clever-zoo", "timm", "image-embeddings"],
+        tags=[LIBRARY_NAME, "timm", "image-embeddings"],
     )
     return f"""---
 {data.to_yaml()}

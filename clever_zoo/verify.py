@@ -2,22 +2,22 @@
 
 import functools
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from clever_zoo.errors import CleverZooError, IntegrityError, SourceError, SpecError
-from clever_zoo.files import SUMS_FILENAME, read_sums, verify_file, verify_listed
-from clever_zoo.golden import GOLDEN_FILENAME, compare_golden
-from clever_zoo.locate import ONNX_FILENAME, released_folder
-from clever_zoo.registry import RELEASED, model_info
-from clever_zoo.sources import HubSource, LocalSource, parse_source
+from clever_zoo.errors import CleverZooError, IntegrityError, SpecError
+from clever_zoo.files import SUMS_FILENAME, folder_files, read_sums, verify_file, verify_listed
+from clever_zoo.golden import GOLDEN_FILENAME, check_golden, compare_golden
+from clever_zoo.locate import ONNX_FILENAME, model_folder
+from clever_zoo.registry import released
 from clever_zoo.spec import (
+    CARD_FILENAME,
     CLASSIFIER_KEY,
     CONFIG_FILENAME,
     ClassifierSpec,
     ModelSpec,
-    WeightFile,
     read_json,
 )
 
@@ -48,7 +48,7 @@ def verify_model(source: str | Path) -> list[Check]:
         SourceError: If it is malformed, no folder, or a Hub repository.
         UnknownModelError, DownloadError: If a released model cannot be found.
     """
-    folder = _find_folder(source)
+    folder = model_folder(source)
     try:
         spec, is_classifier = _read_spec(folder / CONFIG_FILENAME)
     except SpecError as error:
@@ -60,19 +60,6 @@ def verify_model(source: str | Path) -> list[Check]:
         *_check_sums(folder),
         *_check_values(spec, folder, is_classifier),
     ]
-
-
-def _find_folder(source: str | Path) -> Path:
-    parsed = parse_source(source)
-    if isinstance(parsed, HubSource):
-        raise SourceError(
-            f"{str(source)!r} is a Hub repository; download it, then verify 'local-dir:PATH'"
-        )
-    if not isinstance(parsed, LocalSource):
-        return released_folder(model_info(parsed.name))
-    if not parsed.folder.is_dir():
-        raise SourceError(f"{parsed.folder} is no folder; pass one that holds {CONFIG_FILENAME}")
-    return parsed.folder
 
 
 def _read_spec(path: Path) -> tuple[ModelSpec, bool]:
@@ -91,27 +78,17 @@ def _attempt(subject: str, check: Callable[[], str]) -> Check:
 
 
 def _check_registry(spec: ModelSpec, folder: Path) -> Check:
-    released = _released(spec.name)
-    if released is None:
+    registered = released(spec.name)
+    if registered is None:
         return Check("skipped", "registry", f"{spec.name} is no released model")
-    if released != spec:
+    if registered != spec:
         problem = f"{folder / CONFIG_FILENAME} is not what this release records of {spec.name}"
         return Check("FAILED", "registry", problem)
     return Check("ok", "registry", f"{CONFIG_FILENAME} is as this release records it")
 
 
-def _released(name: str) -> ModelSpec | None:
-    return next((spec for spec in RELEASED if spec.name == name), None)
-
-
-def _recorded_weights(spec: ModelSpec) -> WeightFile:
-    if spec.weights is None:
-        raise SpecError(f"{CONFIG_FILENAME} records no weights file")
-    return spec.weights
-
-
 def _verified_weights(spec: ModelSpec, folder: Path) -> str:
-    weights = _recorded_weights(spec)
+    weights = spec.saved_weights
     verify_file(folder / weights.filename, weights)
     return f"{weights.size_bytes} bytes, sha256 {weights.sha256}"
 
@@ -126,7 +103,9 @@ def _check_sums(folder: Path) -> Iterator[Check]:
     except IntegrityError as error:
         yield Check("FAILED", SUMS_FILENAME, str(error))
         return
-    for name in sums:
+    # What begins with a dot is the Hub's, and a card that is not listed its owner's to change.
+    shown = {name for name in folder_files(folder) if not re.search(r"(^|/)\.", name)}
+    for name in sorted(sums.keys() | shown - {CARD_FILENAME}):
         yield _attempt(f"digest of {name}", functools.partial(_verified_sum, folder, name, sums))
 
 
@@ -140,10 +119,10 @@ def _check_values(spec: ModelSpec, folder: Path, is_classifier: bool) -> Iterato
         yield Check("skipped", "values", "none are recorded of a classifier")
         return
     if not (folder / GOLDEN_FILENAME).is_file():
-        verdict: Verdict = "FAILED" if _released(spec.name) else "skipped"
+        verdict: Verdict = "FAILED" if released(spec.name) else "skipped"
         yield Check(verdict, "values", f"the folder has no {GOLDEN_FILENAME}")
         return
-    yield _in_runtime("torch", functools.partial(_torch_values, spec, folder))
+    yield _in_runtime("torch", lambda: _difference(check_golden(folder)))
     if (folder / ONNX_FILENAME).is_file():
         yield _in_runtime("onnxruntime", functools.partial(_onnx_values, folder))
 
@@ -153,13 +132,6 @@ def _in_runtime(package: str, check: Callable[[], str]) -> Check:
     if importlib.util.find_spec(package) is None:
         return Check("skipped", subject, f"{package} is not installed")
     return _attempt(subject, check)
-
-
-def _torch_values(spec: ModelSpec, folder: Path) -> str:
-    from clever_zoo.encoder import Encoder
-
-    encoder = Encoder.load(spec, folder / _recorded_weights(spec).filename)
-    return _difference(compare_golden(encoder, folder / GOLDEN_FILENAME))
 
 
 def _onnx_values(folder: Path) -> str:
