@@ -271,7 +271,7 @@ def reason_of(error: BaseException) -> str:
     """What went wrong between us and the Hub, and what to do next."""
     from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 
-    cause = error if hasattr(error, "response") else error.__cause__ or error
+    cause = error if isinstance(error, HTTPError) else error.__cause__ or error
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(cause, RevisionNotFoundError):
         advice = "it has no such branch, tag or commit; check the revision"
@@ -286,7 +286,7 @@ def reason_of(error: BaseException) -> str:
         advice = "the Hub limits the number of requests; wait a while, or log in"
     elif status is not None:
         advice = f"the Hub failed with status {status}; try again later"
-    elif isinstance(cause, HTTPError | OSError):
+    elif isinstance(cause, HTTPError | OSError | RuntimeError):
         advice = "check the connection, the proxy and HF_ENDPOINT"
     else:
         advice = "huggingface_hub refuses it"

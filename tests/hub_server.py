@@ -76,8 +76,9 @@ class Request(NamedTuple):
 class Fault:
     """What goes wrong with the next requests whose line, "GET /path", holds a pattern.
 
-    kind: "cut" ends the connection half way through the body, "reset" does so rudely, "corrupt"
-    flips a bit, "stall" waits half way through the body until `released`, a number is a status.
+    kind: "cut" ends the connection half way through the body, or before the answer if it has no
+    body, "reset" does so rudely, "corrupt" flips a bit, "stall" waits half way through the body
+    until `released`, a number is a status.
     """
 
     kind: Literal["cut", "reset", "corrupt", "stall"] | int
@@ -223,7 +224,9 @@ class StandIn:
         tree = dict(repo.commits[parent])
         for line in request.body.splitlines():
             operation, value = (item := json.loads(line))["key"], item["value"]
-            if operation == "file":
+            if operation == "header" and value.get("parentCommit", parent) != parent:
+                return refusal(412, message="A commit has happened since. Please refresh and retry")
+            elif operation == "file":
                 tree[value["path"]] = base64.b64decode(value["content"])
             elif operation == "lfsFile":
                 tree[value["path"]] = self.objects[value["oid"]]
@@ -370,6 +373,9 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def _send(self, answer: Answer, fault: Fault | None) -> None:
+        if fault is not None and fault.kind == "cut" and not answer.body:
+            self.close_connection = True
+            return
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)

@@ -96,6 +96,9 @@ def test_no_card_without_weights() -> None:
     record = Record.read(CARDS / RELEASED[0] / RESULTS_FILENAME)
     with pytest.raises(SpecError, match="'resnet18' has no weights"):
         render_card(clever_zoo.create_encoder("resnet18").spec, record)
+    other = record.model_copy(update={"dataset": "imagenet100"})
+    with pytest.raises(SpecError, match="no card can describe the data set 'imagenet100'"):
+        render_card(clever_zoo.model_info(RELEASED[0]), other)
 
 
 def test_tables_need_no_hub_client() -> None:

@@ -1,6 +1,5 @@
 """Exported models in ONNX Runtime. This file also runs where torch is not installed."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -291,11 +290,19 @@ def test_a_folder_with_an_onnx_file_is_a_source(onnx_models: Path, tmp_path: Pat
     (tmp_path / "onnx").mkdir()
     shutil.copy(onnx_models / "resnet18.onnx", tmp_path / "onnx/model.onnx")
     assert OnnxEncoder.from_pretrained(tmp_path).spec == model_info("clever-resnet18")
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["clever"]["weights"]["sha256"] = "0" * 64
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(IntegrityError, match="export it again"):
-        OnnxEncoder.from_pretrained(f"local-dir:{tmp_path}")
+    original = (tmp_path / "config.json").read_text()
+    for old, new, different in (
+        ("b78e78df", "b78e78d0", "weights"),
+        ('"invariant_dim": 409', '"invariant_dim": 100', "invariant_dim"),
+        ("0.485", "0.5", "preprocess"),
+    ):
+        (tmp_path / "config.json").write_text(original.replace(old, new))
+        with pytest.raises(IntegrityError, match=rf"different: {different}\); export it again"):
+            OnnxEncoder.from_pretrained(f"local-dir:{tmp_path}")
+    renamed = original.replace('"name": "clever-resnet18.fmnist"', '"name": "mine"')
+    assert renamed != original
+    (tmp_path / "config.json").write_text(renamed)
+    OnnxEncoder.from_pretrained(tmp_path)
 
 
 class Node(NamedTuple):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from typer.testing import CliRunner
 
@@ -19,14 +20,18 @@ from clever_zoo.errors import (
     DataError,
     IntegrityError,
     SourceError,
+    SpecError,
     UnknownModelError,
 )
 from clever_zoo.files import SUMS_FILENAME, read_sums, write_sums
+from clever_zoo.locate import ONNX_FILENAME
 from clever_zoo.records import RESULTS_FILENAME, Record
 from clever_zoo.samples import sample_paths
 from tests.hub_server import (
     TOKEN,
+    Answer,
     Fault,
+    Request,
     StandIn,
     read_tree,
     run_client,
@@ -132,13 +137,16 @@ def test_what_cannot_be_built(tmp_path: Path) -> None:
     (other / "golden.json").write_text(json.dumps(golden))
     for source, target, kind, words in (
         ("clever-resnet19", "new", UnknownModelError, "clever-resnet18"),
-        ("org/model", "new", SourceError, "on the Hub already"),
+        ("org/model", "new", SourceError, "is a repository on the Hub"),
         (f"local-dir:{partial}", "new", DataError, "lacks golden.json"),
         (f"local-dir:{other}", "new", IntegrityError, "golden.json: embeddings differ"),
         (NAME, "full", DataError, "is not empty"),
+        (NAME, "new/..", DataError, "names no new folder"),
     ):
         with pytest.raises(kind, match=words):
             publish.build(source, tmp_path / target)
+    with pytest.raises(DataError, match=r"'\.' names no new folder"):
+        publish.build(NAME, ".")
     assert not (tmp_path / "new").exists()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
 
@@ -158,7 +166,11 @@ def other_weights(folder: Path) -> None:
     """A consistent encoder that is not the one the registry has under this name."""
     encoder = clever_zoo.from_pretrained(folder)
     next(encoder.backbone.parameters()).data.mul_(2)
+    others = {name: (folder / name).read_bytes() for name in ("golden.json", RESULTS_FILENAME)}
     encoder.save_pretrained(folder, dtype="float16")
+    (folder / ONNX_FILENAME).touch()
+    for name, content in others.items():
+        (folder / name).write_bytes(content)
     write_sums(folder)
 
 
@@ -167,6 +179,19 @@ def other_results(folder: Path) -> None:
     networks = tuple(n.model_copy(update={"sha256": "0" * 64}) for n in record.networks)
     record.model_copy(update={"networks": networks}).write(folder / RESULTS_FILENAME)
     write_sums(folder)
+
+
+def other_graph(content: bytes) -> bytes:
+    """The same model with one other weight."""
+    graph = onnx.load_from_string(content)
+    weight = max(graph.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    weight.raw_data = weight.raw_data[::-1]
+    return graph.SerializeToString()
+
+
+def other_origin(content: bytes) -> bytes:
+    """The same graph, but its metadata say that other data trained it."""
+    return content.replace(b'"dataset": "fashion-mnist"', b'"dataset": "another-mnist"')
 
 
 CHANGES = {
@@ -196,10 +221,45 @@ CHANGES = {
         "is not the card",
     ),
     "results of other weights": (other_results, IntegrityError, "is of another network"),
+    "a card that is no text": (
+        edited("README.md", lambda b: b"\xff\xfe", listed=True),
+        IntegrityError,
+        "is not the card",
+    ),
+    "results on other data": (
+        edited("results.json", lambda b: b.replace(b"fashion-mnist", b"imagenet100"), listed=True),
+        SpecError,
+        "can describe the data set .imagenet100.",
+    ),
     "altered golden values": (
         edited("golden.json", lambda b: b.replace(b"1", b"2"), listed=False),
         IntegrityError,
         "SHA256SUMS lists",
+    ),
+    "altered golden values that are listed": (
+        edited("golden.json", lambda b: b.replace(b"1", b"2"), listed=True),
+        IntegrityError,
+        "golden.json differs from .*, which is released",
+    ),
+    "altered figure": (
+        edited("figures/drift.svg", lambda b: b"<svg/>", listed=True),
+        IntegrityError,
+        "drift.svg differs from",
+    ),
+    "no graph": (
+        edited("onnx/model.onnx", lambda b: b"junk", listed=True),
+        IntegrityError,
+        "cannot be loaded by ONNX Runtime",
+    ),
+    "graph of other weights": (
+        edited("onnx/model.onnx", other_graph, listed=True),
+        IntegrityError,
+        "embeddings differ by",
+    ),
+    "graph of another model": (
+        edited("onnx/model.onnx", other_origin, listed=True),
+        IntegrityError,
+        "was made from another model",
     ),
     "missing file": (lambda f: (f / "onnx/model.onnx").unlink(), DataError, "missing: onnx/model"),
     "surplus file": (lambda f: (f / "notes.txt").touch(), DataError, "surplus: notes.txt"),
@@ -238,92 +298,156 @@ def test_a_folder_that_does_not_fit_is_refused_before_any_request(
 def test_a_dry_run_says_what_would_change_and_changes_nothing(
     built: Path, hub: StandIn, tmp_path: Path
 ) -> None:
-    push = ("push", str(built), "--repo", REPO)
-    (said,) = commands(hub, tmp_path, (*push, "--dry-run"))
-    assert f"{REPO} does not exist" in said
-    assert said.count("added") == len(read_tree(built))
-    assert hub.repos == {}
-    assert {request.method for request in hub.requests} == {"GET"}
     old = read_tree(built) | {".gitattributes": b"", "pytorch_model.bin": b"old"}
     hub.add(REPO, old | {"README.md": b"old", "model.safetensors": b"old"})
-    hub.requests.clear()
-    said, pushed, again = commands(hub, tmp_path, (*push, "--dry-run"), push, push)
+    push = ("push", str(built), "--repo")
+    absent, said, pushed, again, asked = commands(
+        hub,
+        tmp_path,
+        (*push, "org/absent", "--dry-run"),
+        (*push, REPO, "--dry-run"),
+        (*push, REPO),
+        (*push, REPO),
+        (*push, "org/private", "--private", "--pr"),
+    )
+    assert "org/absent does not exist" in absent
+    assert absent.count("added") == len(read_tree(built))
+    assert set(hub.repos) == {REPO, "org/private"}
     new = {"README.md", "model.safetensors"}
     assert {tuple(line.split()) for line in said.splitlines()} == {
         *(("changed", name) for name in new),
         ("removed", "pytorch_model.bin"),
         *(("unchanged", name) for name in read_tree(built) if name not in new),
     }
-    writes = [request.line for request in hub.requests if request.method != "GET"]
-    assert writes[0] == "POST /api/repos/create"
     # The push did just that, in one commit, and another one found nothing to do.
     assert pushed.startswith(said)
     assert "changed" not in again.replace("unchanged", "")
     assert len(hub.repos[REPO].commits) == 2
     tree = hub.repos[REPO].commits[hub.repos[REPO].refs["main"]]
     assert tree == read_tree(built) | {".gitattributes": b""}
-
-
-def test_private_repositories_and_pull_requests(built: Path, hub: StandIn, tmp_path: Path) -> None:
-    push = ("push", str(built), "--repo")
-    before = {"main": hub.add("org/public", {"README.md": b"old"})}
-    _, refused, asked = commands(
-        hub,
-        tmp_path,
-        (*push, "org/private", "--private"),
-        (*push, "org/public", "--private"),
-        (*push, "org/public", "--pr"),
-    )
+    assert len(hub.lines("POST /api/repos/create")) == 3
+    assert len(hub.lines("POST .*/commit/main")) == 2
     assert hub.repos["org/private"].private
-    assert "UploadError: org/public is public already" in refused
-    assert f"{hub.url}/org/public/discussions/1" in asked
+    assert f"{hub.url}/org/private/discussions/1" in asked
     assert "HubPin" not in asked
-    review = hub.repos["org/public"].refs.pop("refs/pr/1")
-    assert hub.repos["org/public"].commits[review] == read_tree(built)
-    assert hub.repos["org/public"].refs == before
 
 
-def test_a_push_that_fails_leaves_the_repository_as_it_was(
-    built: Path, hub: StandIn, tmp_path: Path
-) -> None:
-    for name in ("token", "branch", "put", "batch", "commit"):
-        hub.add(f"org/{name}", {"README.md": b"old"})
-    before = {name: dict(repo.refs) for name, repo in hub.repos.items()}
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A folder with a large file, as the Hub calls it."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "README.md").write_bytes(b"card")
+    write_sums(folder)
+    return folder
+
+
+def upload(folder: Path, hub: StandIn, home: Path, *lines: str) -> list[str]:
+    """What `attempt(repo_id, ...)` says, several times in one process with the real client."""
     code = f"""
-from clever_zoo import publish
-from clever_zoo.cli import app
+import time
+from pathlib import Path
+from clever_zoo.errors import CleverZooError
+from clever_zoo.upload import upload_folder
+time.sleep = lambda seconds: None
 def attempt(repo_id, token={TOKEN!r}, **options):
     try:
-        publish.push({str(built)!r}, repo_id, token=token, **options)
-    except publish.clever_zoo.CleverZooError as error:
+        done = upload_folder(Path({str(folder)!r}), repo_id, message="m", token=token, **options)
+        print(done.url)
+    except CleverZooError as error:
         print(type(error).__name__, ' '.join(str(error).split()))
-attempt("org/token", token="hf_no")
-attempt("org/branch", revision="next")
-attempt("org/no good")
-attempt("org/put")
-attempt("org/batch")
-attempt("org/commit")
 """
-    hub.faults = [
-        Fault(403, "PUT /org/put/", times=99),
-        Fault(403, "POST /org/batch.git/info/lfs/objects/batch", times=99),
-        Fault(403, "POST /api/models/org/commit/commit/main", times=99),
-    ]
-    token, branch, name, *refused = run_client(code, hub, tmp_path).splitlines()
-    assert token.startswith("UploadError org/token was not changed")
+    return run_client(code + "\n".join(lines), hub, home).splitlines()
+
+
+def test_private_repositories_pull_requests_and_what_is_refused(
+    small: Path, hub: StandIn, tmp_path: Path
+) -> None:
+    for repo_id in ("org/public", "org/race"):
+        hub.add(repo_id, {"README.md": b"old"})
+    before, answer = dict(hub.repos["org/public"].refs), hub.answer
+
+    def push_meanwhile(request: Request) -> Answer:
+        if re.search("org/race/preupload", request.line):
+            hub.add("org/race", {"README.md": b"of somebody else", "more.txt": b""})
+        return answer(request)
+
+    hub.answer = push_meanwhile
+    _, public, asked, token, branch, name, race = upload(
+        small,
+        hub,
+        tmp_path,
+        "attempt('org/private', private=True)",
+        "attempt('org/public', private=True)",
+        "attempt('org/public', create_pr=True)",
+        "attempt('org/public', token='hf_no')",
+        "attempt('org/public', revision='next')",
+        "attempt('org/no good')",
+        "attempt('org/race')",
+    )
+    assert hub.repos["org/private"].private
+    assert public == ("UploadError org/public is public already; make it private there first")
+    assert asked == f"{hub.url}/org/public/discussions/1"
+    review = hub.repos["org/public"].refs.pop("refs/pr/1")
+    assert hub.repos["org/public"].commits[review] == read_tree(small)
+    assert hub.repos["org/public"].refs == before
+    assert token.startswith("UploadError no file of org/public was changed")
     assert "hf auth login" in token
     assert "no such branch, tag or commit" in branch
     assert name.startswith("SourceError")
-    for line in refused:
-        assert line.startswith("UploadError")
-        assert "was not changed: it does not exist, or this token may not do that" in line
-    assert {name: repo.refs for name, repo in hub.repos.items()} == before
-    assert all(fault.times < 99 for fault in hub.faults)
+    assert "somebody else pushed meanwhile" in race
+    tree = hub.repos["org/race"].commits[hub.repos["org/race"].refs["main"]]
+    assert tree == {"README.md": b"of somebody else", "more.txt": b""}
+
+
+STAGES = {
+    "preupload": "POST /api/models/{}/preupload/main",
+    "batch": "POST /{}.git/info/lfs/objects/batch",
+    "put": "PUT /{}/",
+    "commit": "POST /api/models/{}/commit/main",
+}
+REASONS = {
+    401: "this token may not do that",
+    404: "it does not exist, or this token",
+    429: "limits the number of requests",
+    500: "failed with status 500",
+    "cut": "check the connection",
+}
+
+
+def test_a_push_that_fails_leaves_the_repository_as_it_was(
+    small: Path, hub: StandIn, tmp_path: Path
+) -> None:
+    repos = {f"org/{stage}-{kind}": kind for stage in STAGES for kind in REASONS}
+    for repo_id, kind in repos.items():
+        hub.add(repo_id, {"README.md": b"old"})
+        pattern = STAGES[repo_id[4:].partition("-")[0]].format(repo_id)
+        hub.faults.append(Fault(kind, pattern, times=99))
+    before = {name: dict(repo.refs) for name, repo in hub.repos.items()}
+    attempts = [f"attempt({repo_id!r})" for repo_id in repos]
+    said = upload(small, hub, tmp_path, *attempts)
+    for line, fault, (repo_id, kind) in zip(said, hub.faults, repos.items(), strict=True):
+        assert fault.times < 99, repo_id
+        assert line.startswith(f"UploadError no file of {repo_id} was changed")
+        assert REASONS[kind] in line
+    # Of the one whose commit was cut, only the answer was lost.
+    landed = hub.repos["org/commit-cut"].refs
+    assert {n: r.refs for n, r in hub.repos.items()} == before | {"org/commit-cut": dict(landed)}
+    assert landed != before["org/commit-cut"]
+    # Once the faults are over, the same pushes succeed, or find nothing to do.
+    hub.faults.clear()
+    assert "Error" not in "".join(upload(small, hub, tmp_path, *attempts))
+    for repo in hub.repos.values():
+        assert len(repo.commits) == 2
+        assert repo.commits[repo.refs["main"]] == read_tree(small)
 
 
 def test_push_to_hub(hub: StandIn, tmp_path: Path) -> None:
     """Any encoder or classifier, by huggingface_hub's conventions."""
-    hub.add("org/encoder", {"onnx/model.onnx": b"old", "results.json": b"old", "mine.txt": b"kept"})
+    derived = ("onnx/model.onnx", "results.json", "golden.json", "heads.safetensors")
+    kept = {"README.md": b"by hand", "mine.txt": b"kept", "model.py": b"1 / 0", "timm.py": b"1 / 0"}
+    hub.add("org/encoder", kept | dict.fromkeys(derived, b"old"))
     code = f"""
 import clever_zoo, torch
 pixels = torch.rand(2, 3, 32, 32)
@@ -343,12 +467,12 @@ print(encoder.push_to_hub("org/encoder", token={TOKEN!r}, create_pr=True))
     repo = hub.repos["org/encoder"]
     assert url == f"{hub.url}/org/encoder/commit/{repo.refs['main']}"
     tree = repo.commits[repo.refs["main"]]
-    assert set(tree) == {"README.md", "config.json", "model.safetensors", "SHA256SUMS", "mine.txt"}
-    assert b'clever_zoo.from_pretrained("org/encoder")' in tree["README.md"]
-    assert b"library_name: clever-zoo" in tree["README.md"]
+    written = {"config.json", "model.safetensors", "SHA256SUMS"}
+    assert {name: content for name, content in tree.items() if name not in written} == kept
     assert hub.repos["org/classifier"].private
     card = hub.repos["org/classifier"].commits[hub.repos["org/classifier"].refs["main"]]
     assert b'clever_zoo.Classifier.from_pretrained("org/classifier")' in card["README.md"]
+    assert b"library_name: clever-zoo" in card["README.md"]
     assert pull_request
 
 

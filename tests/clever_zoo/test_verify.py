@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import clever_zoo
 from clever_zoo.cli import app
 from clever_zoo.errors import IntegrityError, SourceError, UnknownModelError
-from clever_zoo.files import SUMS_FILENAME, write_sums
+from clever_zoo.files import SUMS_FILENAME, folder_files, write_sums
 from clever_zoo.golden import GOLDEN_FILENAME, golden_values
 from clever_zoo.verify import verify_model
 
@@ -59,6 +59,11 @@ def test_every_line_gets_a_verdict(folder: Path) -> None:
         "digest of model.safetensors": "ok",
         "values in torch": "ok",
     }
+    # What comes with a download of a repository; the rest must be listed.
+    for name in (".gitattributes", "README.md", "notes.txt"):
+        (folder / name).touch()
+    assert list(failures(folder)) == ["digest of notes.txt"]
+    (folder / "notes.txt").unlink()
     (folder / SUMS_FILENAME).unlink()
     (folder / GOLDEN_FILENAME).unlink()
     assert verdicts(f"local-dir:{folder}") == {
@@ -91,7 +96,13 @@ def test_altered_weights_and_values(folder: Path) -> None:
     assert "sha256" in found["weights"]
     # The digest of other weights, golden values of the old ones: only the values can tell.
     other = clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=8)
+    golden = (folder / GOLDEN_FILENAME).read_bytes()
+    (folder / "onnx").mkdir()
+    for name in ("onnx/model.onnx", "results.json", "heads.safetensors"):
+        (folder / name).touch()
     other.save_pretrained(folder)
+    assert folder_files(folder) == {"config.json", "model.safetensors", "figures/drift.svg"}
+    (folder / GOLDEN_FILENAME).write_bytes(golden)
     write_sums(folder)
     found = failures(folder)
     assert list(found) == ["values in torch"]
@@ -126,6 +137,10 @@ def test_a_changed_config_of_a_published_folder_is_not_loaded(folder: Path) -> N
     path.write_text(path.read_text().replace("0.485", "0.585"))
     with pytest.raises(IntegrityError, match=r"config\.json has sha256 .*SHA256SUMS lists"):
         clever_zoo.from_pretrained(folder)
+    sums = (folder / SUMS_FILENAME).read_text().splitlines(keepends=True)
+    (folder / SUMS_FILENAME).write_text("".join(line for line in sums if "config" not in line))
+    with pytest.raises(IntegrityError, match=r"config\.json is not listed"):
+        clever_zoo.from_pretrained(folder)
     (folder / SUMS_FILENAME).unlink()
     encoder = clever_zoo.from_pretrained(folder)
     assert encoder.spec.preprocess.mean[0] == 0.585
@@ -143,7 +158,9 @@ def test_a_broken_config_does_not_end_the_check(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "line", ["0" * 64 + "  ../x", "0" * 64 + "  /etc/passwd", "0" * 64 + "  a/../../x",
-             "0" * 64 + "  a\\b", "0" * 63 + "  config.json", "config.json", "\udcff\x00"],
+             "0" * 64 + "  a\\b", "0" * 63 + "  config.json", "config.json", "\udcff\x00",
+             "\n".join(f"{digit * 64}  config.json" for digit in "01"),
+             "\n".join(f"{0:064}  {i}" for i in range(20_000))],
 )  # fmt: skip
 def test_sums_name_files_below_the_folder(folder: Path, line: str) -> None:
     (folder.parent / "x").write_text("")
@@ -181,7 +198,7 @@ def test_classifiers_have_digests_and_no_values(tmp_path: Path) -> None:
 def test_what_cannot_be_verified(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is no folder"):
         verify_model(tmp_path / "absent")
-    with pytest.raises(SourceError, match="download it"):
+    with pytest.raises(SourceError, match=r"hf download org/repo --local-dir PATH"):
         verify_model("hf-hub:org/repo")
     with pytest.raises(UnknownModelError):
         verify_model("clever-resnet99")
