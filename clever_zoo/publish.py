@@ -218,6 +218,6 @@ class _Release(NamedTuple):
         for name in sorted(self.files() & folder_files(original)):
             if (self.folder / name).read_bytes() != (original / name).read_bytes():
                 raise IntegrityError(
-                    f"{self.folder / name} differs from {original / name}, which is released; "
-                    "build it again"
+                    f"{self.folder / name} differs from {original / name}, which is released under "
+                    "this name; build it again, or release it under another name"
                 )

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import clever_zoo
 from clever_zoo import publish
+from clever_zoo.cards import render_card
 from clever_zoo.cli import app
 from clever_zoo.errors import (
     DataError,
@@ -27,6 +28,7 @@ from clever_zoo.files import SUMS_FILENAME, read_sums, write_sums
 from clever_zoo.locate import ONNX_FILENAME
 from clever_zoo.records import RESULTS_FILENAME, Record
 from clever_zoo.samples import sample_paths
+from clever_zoo.spec import ModelSpec
 from tests.hub_server import (
     TOKEN,
     Answer,
@@ -61,13 +63,19 @@ def copy(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "copy"))
 
 
-def commands(hub: StandIn, home: Path, *lines: tuple[str, ...]) -> list[str]:
-    """What `clever-zoo publish ...` says, several times in one process with the real client."""
+def commands(hub: StandIn, home: Path, *lines: tuple[str, ...], checked: bool = False) -> list[str]:
+    """What `clever-zoo publish ...` says, several times in one process with the real client.
+
+    If the folder was `checked`, which takes long, the process does not check it again.
+    """
     home.mkdir(exist_ok=True)
     code = f"""
 import json
 from typer.testing import CliRunner
+from clever_zoo import model_info, publish
 from clever_zoo.cli import app
+if {checked}:
+    publish.check_built = lambda folder: model_info({NAME!r})
 run = CliRunner().invoke
 print(json.dumps([run(app, ("publish", *arguments)).output for arguments in {lines!r}]))
 """
@@ -135,11 +143,19 @@ def test_what_cannot_be_built(tmp_path: Path) -> None:
     golden = json.loads((other / "golden.json").read_text())
     golden["invariant"][0] += 1
     (other / "golden.json").write_text(json.dumps(golden))
+    unreleased = shutil.copytree(other, tmp_path / "unreleased")
+    for name in ("config.json", RESULTS_FILENAME):
+        path = unreleased / name
+        path.write_text(path.read_text().replace(NAME, "clever-resnet18.mine"))
+    spec = ModelSpec.read(unreleased / "config.json")
+    record = Record.read(unreleased / RESULTS_FILENAME)
+    (unreleased / "README.md").write_text(render_card(spec, record))
     for source, target, kind, words in (
         ("clever-resnet19", "new", UnknownModelError, "clever-resnet18"),
         ("org/model", "new", SourceError, "is a repository on the Hub"),
         (f"local-dir:{partial}", "new", DataError, "lacks golden.json"),
-        (f"local-dir:{other}", "new", IntegrityError, "golden.json: embeddings differ"),
+        (f"local-dir:{other}", "new", IntegrityError, "golden.json differs from"),
+        (f"local-dir:{unreleased}", "new", IntegrityError, "golden.json: embeddings differ"),
         (NAME, "full", DataError, "is not empty"),
         (NAME, "new/..", DataError, "names no new folder"),
     ):
@@ -290,9 +306,11 @@ def test_a_folder_that_does_not_fit_is_refused_before_any_request(
     apply(copy)
     monkeypatch.setattr(publish, "upload_folder", None)
     monkeypatch.setattr(publish, "plan_upload", None)
-    for send in (publish.push, publish.plan_push):
+    with pytest.raises(kind, match=words):
+        publish.push(copy, REPO)
+    if change == "missing file":
         with pytest.raises(kind, match=words):
-            send(copy, REPO)
+            publish.plan_push(copy, REPO)
 
 
 def test_a_dry_run_says_what_would_change_and_changes_nothing(
@@ -309,6 +327,7 @@ def test_a_dry_run_says_what_would_change_and_changes_nothing(
         (*push, REPO),
         (*push, REPO),
         (*push, "org/private", "--private", "--pr"),
+        checked=True,
     )
     assert "org/absent does not exist" in absent
     assert absent.count("added") == len(read_tree(built))
@@ -443,37 +462,55 @@ def test_a_push_that_fails_leaves_the_repository_as_it_was(
         assert repo.commits[repo.refs["main"]] == read_tree(small)
 
 
-def test_push_to_hub(hub: StandIn, tmp_path: Path) -> None:
-    """Any encoder or classifier, by huggingface_hub's conventions."""
+def test_push_to_hub_keeps_what_is_its_owners(hub: StandIn, tmp_path: Path) -> None:
     derived = ("onnx/model.onnx", "results.json", "golden.json", "heads.safetensors")
-    kept = {"README.md": b"by hand", "mine.txt": b"kept", "model.py": b"1 / 0", "timm.py": b"1 / 0"}
-    hub.add("org/encoder", kept | dict.fromkeys(derived, b"old"))
+    kept = {"README.md": b"by hand", "mine.txt": b"kept"}
+    hub.add("org/mine", kept | dict.fromkeys(derived, b"old"))
+    code = f"""
+from clever_zoo.upload import PushToHub
+class Model(PushToHub):
+    _loader = "clever_zoo.load"
+    def save_pretrained(self, folder, *, dtype="float32"):
+        (folder / "config.json").write_text(dtype)
+print(Model().push_to_hub("org/mine", token={TOKEN!r}))
+print(Model().push_to_hub("org/mine", token={TOKEN!r}, create_pr=True, dtype="float16"))
+Model().push_to_hub(
+    "org/new", token={TOKEN!r}, private=True, commit_message="First", dtype="float16"
+)
+"""
+    url, pull_request = run_client(code, hub, tmp_path).splitlines()
+    mine, new = hub.repos["org/mine"], hub.repos["org/new"]
+    assert url == f"{hub.url}/org/mine/commit/{mine.refs['main']}"
+    assert pull_request == f"{hub.url}/org/mine/discussions/1"
+    tree = mine.commits[mine.refs["main"]]
+    assert tree == kept | {"config.json": b"float32", SUMS_FILENAME: tree[SUMS_FILENAME]}
+    assert tree[SUMS_FILENAME].split()[1:] == [b"config.json"]
+    assert new.private
+    tree = new.commits[new.refs["main"]]
+    assert b"library_name: clever-zoo" in tree["README.md"]
+    assert b'clever_zoo.load("org/new")' in tree["README.md"]
+    assert tree["config.json"] == b"float16"
+
+
+@pytest.mark.slow
+def test_any_encoder_or_classifier_is_pushed_to_the_hub(hub: StandIn, tmp_path: Path) -> None:
     code = f"""
 import clever_zoo, torch
 pixels = torch.rand(2, 3, 32, 32)
 encoder = clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=8).eval()
-print(encoder.push_to_hub("org/encoder", token={TOKEN!r}))
+encoder.push_to_hub("org/encoder", token={TOKEN!r})
 loaded = clever_zoo.from_pretrained("org/encoder")
 assert torch.equal(loaded(pixels).full, encoder(pixels).full)
 classifier = clever_zoo.create_classifier(encoder, 3, part="invariant").eval()
-url = classifier.push_to_hub(
-    "org/classifier", token={TOKEN!r}, private=True, commit_message="First", dtype="float16"
-)
+classifier.push_to_hub("org/classifier", token={TOKEN!r}, private=True)
 loaded = clever_zoo.Classifier.from_pretrained("org/classifier", token={TOKEN!r})
-assert loaded.spec.num_classes == 3
-print(encoder.push_to_hub("org/encoder", token={TOKEN!r}, create_pr=True))
+assert torch.equal(loaded(pixels), classifier(pixels))
 """
-    url, pull_request = run_client(code, hub, tmp_path).splitlines()
-    repo = hub.repos["org/encoder"]
-    assert url == f"{hub.url}/org/encoder/commit/{repo.refs['main']}"
-    tree = repo.commits[repo.refs["main"]]
-    written = {"config.json", "model.safetensors", "SHA256SUMS"}
-    assert {name: content for name, content in tree.items() if name not in written} == kept
-    assert hub.repos["org/classifier"].private
-    card = hub.repos["org/classifier"].commits[hub.repos["org/classifier"].refs["main"]]
-    assert b'clever_zoo.Classifier.from_pretrained("org/classifier")' in card["README.md"]
-    assert b"library_name: clever-zoo" in card["README.md"]
-    assert pull_request
+    run_client(code, hub, tmp_path)
+    for name, loader in (("encoder", "from_pretrained"), ("classifier", "Classifier.from_pret")):
+        repo = hub.repos[f"org/{name}"]
+        card = repo.commits[repo.refs["main"]]["README.md"]
+        assert f"clever_zoo.{loader}".encode() in card
 
 
 def test_the_pin_of_a_build_is_that_of_its_digests(built: Path) -> None:
