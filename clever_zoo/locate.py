@@ -236,7 +236,7 @@ def _repaired(read: Callable[[], Found], files: Files) -> Found:
 
 
 def _verified_weights(spec: ModelSpec, files: Files, source: str | Path) -> Path:
-    weights = spec.saved_weights
+    weights = spec.weights_file(source)
     path = files.find(weights.filename, weights)
     if isinstance(source, str) and source != spec.name:
         _log_resolution(source, spec.name, weights.sha256)

@@ -178,7 +178,7 @@ class _Release(NamedTuple):
     def read(cls, folder: Path) -> Self:
         spec = ModelSpec.read(folder / CONFIG_FILENAME)
         record = Record.read(folder / RESULTS_FILENAME)
-        return cls(folder, spec, spec.saved_weights, record)
+        return cls(folder, spec, spec.weights_file(folder), record)
 
     def files(self) -> set[str]:
         """Names of what it consists of."""

@@ -166,17 +166,16 @@ class ModelSpec(_Spec):
             raise ValueError("\n".join(problems))
         return self
 
-    @property
-    def saved_weights(self) -> WeightFile:
-        """The weights file.
+    def weights_file(self, source: str | Path) -> WeightFile:
+        """The weights file; `source` is for the error message.
 
         Raises:
             SpecError: If none is recorded.
         """
         if self.weights is None:
             raise SpecError(
-                f"the spec of {self.name!r} records no weights file; save the model again with its "
-                "save_pretrained"
+                f"{source}: the spec of {self.name!r} records no weights file; save the model "
+                "again with its save_pretrained"
             )
         return self.weights
 

@@ -88,7 +88,7 @@ def _check_registry(spec: ModelSpec, folder: Path) -> Check:
 
 
 def _verified_weights(spec: ModelSpec, folder: Path) -> str:
-    weights = spec.saved_weights
+    weights = spec.weights_file(folder)
     verify_file(folder / weights.filename, weights)
     return f"{weights.size_bytes} bytes, sha256 {weights.sha256}"
 
