@@ -203,9 +203,10 @@ def finetune_lines(root: Path = CHECKOUT) -> str:
 
 
 def bench_tables(root: Path = CHECKOUT) -> str:
-    """Views, heads and steps as `python -m training.bench` recorded them."""
-    views, heads, step = (
-        _read(root / RECORDS / f"bench-{n}.json") for n in ("views", "heads", "step")
+    """What `python -m training.bench` recorded."""
+    views, heads, step, scan, backbones = (
+        _read(root / RECORDS / f"bench-{n}.json")
+        for n in ("views", "heads", "step", "scan", "backbones")
     )
     figures = {name: f["median"] for name, f in views["summary"].items()}
     spread = views["summary"]["ratio"]
@@ -232,7 +233,36 @@ def bench_tables(root: Path = CHECKOUT) -> str:
             f"{row['images_per_s'] / row['peer_images_per_s']:.2f} | {row['data_share']:.1%} | "
             f"{row['in100_hours']:,.0f} h |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _scan_line(scan), *_backbone_lines(backbones)])
+
+
+def _scan_line(scan: Mapping[str, Any]) -> str:
+    seconds, ratio = scan["seconds"], scan["times_the_loop"]["torch"]
+    shape = " x ".join(f"{number:,}" for number in scan["settings"].values())
+    return (
+        f"- **VMamba's scan**, forward and backward ({shape}; {_where(scan)}): "
+        f"{seconds['torch']['median'] * 1e3:,.0f} ms in plain torch, "
+        f"{seconds['loop']['median'] * 1e3:,.0f} ms in the loop: {ratio['median']:.1f} times as "
+        f"fast ({ratio['min']:.1f}..{ratio['max']:.1f})."
+    )
+
+
+def _backbone_lines(record: Mapping[str, Any]) -> list[str]:
+    settings, rows = record["settings"], record["backbones"]
+    peer = rows["resnet50"]
+    return [
+        f"- **Training steps of the bare backbones** (batch {settings['batch']}, "
+        f"{settings['size_px']} px, {settings['precision']}; {_where(record)}):",
+        "",
+        "| backbone | images/s | to resnet50 | peak memory | to resnet50 |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| `{name}` | {row['images_per_s']:.2f} | "
+            f"{row['images_per_s'] / peer['images_per_s']:.2f} | "
+            f"{row['peak_bytes'] / 1e9:.2f} GB | {row['peak_bytes'] / peer['peak_bytes']:.2f} |"
+            for name, row in rows.items()
+        ),
+    ]
 
 
 def _where(record: Mapping[str, Any]) -> str:
