@@ -121,7 +121,9 @@ def test_every_door_gives_the_same_to_the_bit_through_the_hub(
     with np.load(tmp_path / "doors.npz") as doors:
         assert len(doors) == 16
         for name, features in doors.items():
-            np.testing.assert_array_equal(features, expected[name.split()[0].rstrip(",")].numpy(), name)
+            np.testing.assert_array_equal(
+                features, expected[name.split()[0].rstrip(",")].numpy(), name
+            )
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit"])
