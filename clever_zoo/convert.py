@@ -28,8 +28,6 @@ _STORED_AS = {
 }
 # Two heads side by side, on the invariant and on the equivariant half.
 _PAIRS = (("head", "head2", "mlp.0.weight"), ("projector_img", "projector_aug", "0.weight"))
-
-
 _PREPROCESSING_NOTE = (
     "the file does not tell how pixels were normalised; where it was not given, ImageNet's mean "
     "and std are assumed, as torchvision, DINO and the CLeVER authors use. Most ViTs of timm want "
@@ -158,11 +156,6 @@ def convert_checkpoint(
         notes.append(f"{absent} counters of batches are not in the file and set to 0")
     packed = _packed_heads(content, path) if keep_heads and content.heads else None
     spec = encoder.save_pretrained(folder, dtype=dtype)
-    heads = folder / HEADS_FILENAME
-    if packed is None:
-        heads.unlink(missing_ok=True)  # of what was converted before
-    else:
-        write_atomic(heads, packed)
     return Conversion(
         kind=content.kind,
         network=content.network,
@@ -170,7 +163,7 @@ def convert_checkpoint(
         title=found.title,
         spec=spec,
         dropped={head: len(tensors) for head, tensors in content.heads.items()},
-        heads=None if packed is None else heads,
+        heads=_write_heads(folder / HEADS_FILENAME, packed),
         notes=tuple(notes),
     )
 
@@ -230,6 +223,14 @@ def _fill(encoder: Encoder, state: State, path: Path) -> int:
     check_tensors(stored, expected, str(path))
     encoder.backbone.load_state_dict(state)
     return len(counters)
+
+
+def _write_heads(path: Path, packed: bytes | None) -> Path | None:
+    if packed is None:
+        path.unlink(missing_ok=True)  # of what was converted before
+        return None
+    write_atomic(path, packed)
+    return path
 
 
 def _packed_heads(content: Checkpoint, path: Path) -> bytes:

@@ -174,7 +174,7 @@ class OnnxGraph:
             options.intra_op_num_threads = threads
         try:
             session = ort.InferenceSession(content, options, providers=chosen)
-        except _LOAD_ERRORS as error:
+        except (*_LOAD_ERRORS, UnicodeDecodeError) as error:  # damaged text is in the message
             raise IntegrityError(
                 f"{source} cannot be loaded by ONNX Runtime {ort.__version__} ({error}); it is "
                 "truncated, altered or newer: fetch it again or export it again"

@@ -286,6 +286,20 @@ def test_a_damaged_published_folder_loads_as_published_or_not(
         assert encoder.digests() == whole.digests()
 
 
+@pytest.mark.slow
+def test_a_damaged_graph_without_a_digest_loads_or_is_an_error_of_ours(
+    tmp_path: Path, onnx_models: Path
+) -> None:
+    """Of an .onnx file on its own nothing is recorded; its text is at both ends."""
+    shutil.copy(onnx_models / "vit.onnx", tmp_path)
+    loaded = 0
+    for _ in survivors(
+        tmp_path, "vit.onnx", 200, end=60_000, load=lambda f: LOADERS[ONNX_FILENAME](f / "vit.onnx")
+    ):
+        loaded += 1
+    assert loaded < 200
+
+
 def test_a_folder_cannot_name_a_file_outside(folder: Path) -> None:
     outside = folder.parent / "outside.safetensors"
     outside.write_bytes((folder / WEIGHTS_FILENAME).read_bytes())
