@@ -174,14 +174,15 @@ class OnnxGraph:
             options.intra_op_num_threads = threads
         try:
             session = ort.InferenceSession(content, options, providers=chosen)
-        except (*_LOAD_ERRORS, UnicodeDecodeError) as error:  # damaged text is in the message
+            graph = cls(session, source, sha256)
+        except (*_LOAD_ERRORS, UnicodeDecodeError) as error:  # of a damaged name or metadata
             raise IntegrityError(
                 f"{source} cannot be loaded by ONNX Runtime {ort.__version__} ({error}); it is "
                 "truncated, altered or newer: fetch it again or export it again"
             ) from error
         if providers is not None:
             _check_first_provider(chosen[0], session)
-        return cls(session, source, sha256)
+        return graph
 
     @classmethod
     def find(
