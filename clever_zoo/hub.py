@@ -4,14 +4,16 @@ Proxies, tokens, HF_ENDPOINT, HF_HOME and the layout of the cache are huggingfac
 """
 
 import logging
+import os
 import re
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import clever_zoo
-from clever_zoo.errors import DownloadError, IntegrityError, SourceError
+from clever_zoo.errors import DownloadError, IntegrityError, SettingError, SourceError
 from clever_zoo.files import (
     SUMS_FILENAME,
     blob_digest,
@@ -136,6 +138,7 @@ class HubRepo:
         What needs no request is read from the cache here, because hf_hub_download makes one even
         with local_files_only.
         """
+        check_endpoint()
         from huggingface_hub import _CACHED_NO_EXIST
 
         cached, path = self._cached(filename), None
@@ -252,6 +255,22 @@ def _verify_blob(path: Path) -> None:
             f"{path} has the digest {digest}, the Hub says {name}; it was truncated or altered, "
             "fetch it again"
         )
+
+
+def check_endpoint() -> None:
+    """Refuse an HF_ENDPOINT with which huggingface_hub cannot even be imported.
+
+    Raises:
+        SettingError: If it is no URL.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    try:
+        urlsplit(endpoint)
+    except ValueError as error:
+        raise SettingError(
+            f"HF_ENDPOINT is {endpoint!r}, which is no URL ({error}); set it to one such as "
+            "https://huggingface.co, or not at all"
+        ) from error
 
 
 def _is_transient(error: Exception) -> bool:

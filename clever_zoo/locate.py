@@ -20,11 +20,11 @@ from clever_zoo.sources import (
     parse_source,
 )
 from clever_zoo.spec import (
-    CLASSIFIER_KEY,
     CONFIG_FILENAME,
     ClassifierSpec,
     ModelSpec,
     WeightFile,
+    is_classifier,
     read_json,
 )
 
@@ -210,7 +210,7 @@ def describes_classifier(source: str | Path, options: HubOptions = _DEFAULTS) ->
         return False
     files = _files(parsed, options)
     config = _repaired(lambda: files.find(CONFIG_FILENAME), files)
-    return CLASSIFIER_KEY in read_json(config)
+    return is_classifier(read_json(config))
 
 
 def _files(source: Source, options: HubOptions) -> Files:

@@ -19,7 +19,7 @@ from clever_zoo.files import (
     write_atomic,
     write_sums,
 )
-from clever_zoo.hub import LIBRARY_NAME, invalid_name, reason_of
+from clever_zoo.hub import LIBRARY_NAME, check_endpoint, invalid_name, reason_of
 from clever_zoo.spec import CARD_FILENAME
 
 if TYPE_CHECKING:
@@ -74,8 +74,9 @@ def plan_upload(
         SourceError: If the name is not valid.
         UploadError: If the repository cannot be read.
     """
+    api = _api(token)
     with _uploading(repo_id):
-        return _plan(_remote_files(_api(token), repo_id, revision), folder)
+        return _plan(_remote_files(api, repo_id, revision), folder)
 
 
 def upload_folder(
@@ -105,9 +106,9 @@ def upload_folder(
         UploadError: If it fails, also because somebody else pushed meanwhile; the files there are
             as they were.
     """
+    api = _api(token)
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    api = _api(token)
     with _uploading(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
         head = api.repo_info(repo_id, revision=revision)
@@ -129,6 +130,7 @@ def upload_folder(
 
 
 def _api(token: str | bool | None) -> "HfApi":
+    check_endpoint()
     from huggingface_hub import HfApi
 
     return HfApi(token=token, library_name=LIBRARY_NAME, library_version=clever_zoo.__version__)

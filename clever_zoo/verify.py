@@ -14,10 +14,10 @@ from clever_zoo.locate import ONNX_FILENAME, model_folder
 from clever_zoo.registry import released
 from clever_zoo.spec import (
     CARD_FILENAME,
-    CLASSIFIER_KEY,
     CONFIG_FILENAME,
     ClassifierSpec,
     ModelSpec,
+    is_classifier,
     read_json,
 )
 
@@ -65,7 +65,7 @@ def verify_model(source: str | Path) -> list[Check]:
 def _read_spec(path: Path) -> tuple[ModelSpec, bool]:
     """The encoder's spec, and whether it is inside a classifier."""
     config = read_json(path)
-    if isinstance(config, dict) and CLASSIFIER_KEY in config:
+    if is_classifier(config):
         return ClassifierSpec.from_config(config, str(path)).encoder, True
     return ModelSpec.from_config(config, str(path)), False
 
