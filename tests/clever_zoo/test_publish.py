@@ -1,6 +1,7 @@
 """Publishing: the folder that goes up, what is refused, and the way to the Hub and back."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from clever_zoo.errors import (
     SpecError,
     UnknownModelError,
 )
-from clever_zoo.files import SUMS_FILENAME, read_sums, write_sums
+from clever_zoo.files import SUMS_FILENAME, read_sums, write_atomic, write_sums
 from clever_zoo.locate import ONNX_FILENAME
 from clever_zoo.records import RESULTS_FILENAME, Record
 from clever_zoo.samples import sample_paths
@@ -55,18 +56,20 @@ def hub() -> Iterator[StandIn]:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built") / NAME
     assert publish.build(NAME, folder).name == NAME
+    assert publish.check_built(folder) == clever_zoo.model_info(NAME)
     return folder
 
 
 @pytest.fixture
 def copy(built: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(built, tmp_path / "copy"))
+    """Of links, so that a change must replace its file."""
+    return Path(shutil.copytree(built, tmp_path / "copy", copy_function=os.link))
 
 
-def commands(hub: StandIn, home: Path, *lines: tuple[str, ...], checked: bool = False) -> list[str]:
+def commands(hub: StandIn, home: Path, *lines: tuple[str, ...]) -> list[str]:
     """What `clever-zoo publish ...` says, several times in one process with the real client.
 
-    If the folder was `checked`, which takes long, the process does not check it again.
+    It does not check the folder, which takes long: it is one that was checked here.
     """
     home.mkdir(exist_ok=True)
     code = f"""
@@ -74,8 +77,7 @@ import json
 from typer.testing import CliRunner
 from clever_zoo import model_info, publish
 from clever_zoo.cli import app
-if {checked}:
-    publish.check_built = lambda folder: model_info({NAME!r})
+publish.check_built = lambda folder: model_info({NAME!r})
 run = CliRunner().invoke
 print(json.dumps([run(app, ("publish", *arguments)).output for arguments in {lines!r}]))
 """
@@ -119,7 +121,6 @@ def test_the_folder_holds_exactly_what_goes_up(built: Path) -> None:
         assert (built / name).read_bytes() == content
     checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=built, capture_output=True)
     assert checked.returncode == 0, checked.stdout
-    assert publish.check_built(built) == clever_zoo.model_info(NAME)
 
 
 def test_building_again_gives_the_same_bytes(built: Path, onnx_models: Path) -> None:
@@ -171,7 +172,7 @@ def edited(name: str, edit: Callable[[bytes], bytes], *, listed: bool) -> Callab
     """A change of one file, with or without its digest brought up to date."""
 
     def change(folder: Path) -> None:
-        (folder / name).write_bytes(edit((folder / name).read_bytes()))
+        write_atomic(folder / name, edit((folder / name).read_bytes()))
         if listed:
             write_sums(folder)
 
@@ -291,7 +292,7 @@ CHANGES = {
     ),
     "no digests": (lambda f: (f / SUMS_FILENAME).unlink(), DataError, "publish build"),
     "no list of digests": (
-        lambda f: (f / SUMS_FILENAME).write_text("nothing\n"),
+        edited(SUMS_FILENAME, lambda b: b"nothing\n", listed=False),
         IntegrityError,
         "no list of digests",
     ),
@@ -327,7 +328,6 @@ def test_a_dry_run_says_what_would_change_and_changes_nothing(
         (*push, REPO),
         (*push, REPO),
         (*push, "org/private", "--private", "--pr"),
-        checked=True,
     )
     assert "org/absent does not exist" in absent
     assert absent.count("added") == len(read_tree(built))
