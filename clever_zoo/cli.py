@@ -424,6 +424,18 @@ def convert(
     crop_pct: Annotated[
         float, typer.Option(help="That side relative to the resized short side.")
     ] = 0.875,
+    mean: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option(
+            help="What pixels were normalised by, R G B from 0 to 1.",
+            metavar="R G B",
+            show_default="ImageNet's",
+        ),
+    ] = None,
+    std: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option(help="Likewise.", metavar="R G B", show_default="ImageNet's"),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="Of the model.", show_default="that of the folder")
     ] = None,
@@ -442,6 +454,7 @@ def convert(
     Examples:
       clever-zoo convert checkpoint.pth -o my-model --keep-heads
       clever-zoo convert dino_deitsmall16_pretrain.pth -o dino-vit-small
+      clever-zoo convert timm-vit.safetensors -o vit --mean .5 .5 .5 --std .5 .5 .5 --crop-pct .9
     Then: clever-zoo embed photos/ -m local-dir:my-model -o photos.parquet
     """
     try:
@@ -456,6 +469,8 @@ def convert(
             invariant_dim=invariant_dim,
             input_size_px=input_size,
             crop_pct=crop_pct,
+            mean=mean,
+            std=std,
             dtype=dtype.value,
             keep_heads=keep_heads,
         )

@@ -9,7 +9,7 @@ from clever_zoo.convert_reading import Checkpoint, Network, read_checkpoint
 from clever_zoo.encoder import Encoder, StorageType, expected_tensors
 from clever_zoo.errors import BackendMissingError, CheckpointError
 from clever_zoo.files import write_atomic
-from clever_zoo.spec import ModelSpec, PreprocessSpec
+from clever_zoo.spec import IMAGENET_MEAN, IMAGENET_STD, ModelSpec, PreprocessSpec
 from clever_zoo.weights import StoredTensor, check_tensors
 
 try:
@@ -28,6 +28,13 @@ _STORED_AS = {
 }
 # Two heads side by side, on the invariant and on the equivariant half.
 _PAIRS = (("head", "head2", "mlp.0.weight"), ("projector_img", "projector_aug", "0.weight"))
+_PREPROCESSING_NOTE = (
+    "the file does not tell how pixels were normalised; where it was not given, ImageNet's mean "
+    "and std are assumed, as torchvision, DINO and the CLeVER authors use. Most ViTs of timm want "
+    "mean and std 0.5 0.5 0.5 and crop_pct 0.9: see the model's pretrained_cfg in timm"
+)
+
+Channels = tuple[float, float, float]
 
 
 class Conversion(NamedTuple):
@@ -80,6 +87,8 @@ def convert_checkpoint(
     invariant_dim: int | None = None,
     input_size_px: int | None = None,
     crop_pct: float = PreprocessSpec().crop_pct,
+    mean: Channels | None = None,
+    std: Channels | None = None,
     dtype: StorageType = "float32",
     keep_heads: bool = False,
 ) -> Conversion:
@@ -98,8 +107,11 @@ def convert_checkpoint(
             split.
         input_size_px, crop_pct: Of the evaluation transform. None: 224, or the size of a ViT's
             position embeddings.
+        mean, std: What it was trained to see pixels normalised by, per RGB channel, on the 0..1
+            scale. None: ImageNet's, as the code of all the above but some of timm's models.
         dtype: Storage type; see `Encoder.save_pretrained`.
         keep_heads: Write the heads to heads.safetensors, under the names that training uses.
+            False: such a file of an earlier conversion is removed from the folder.
 
     Raises:
         CheckpointError: If the file cannot be read, holds anything but tensors and plain values,
@@ -123,7 +135,12 @@ def convert_checkpoint(
             name=folder.resolve().name if name is None else name,
             backbone=found.backbone,
             invariant_dim=width if split is None else split,
-            preprocess={"input_size_px": size_px, "crop_pct": crop_pct},
+            preprocess={
+                "input_size_px": size_px,
+                "crop_pct": crop_pct,
+                "mean": IMAGENET_MEAN if mean is None else mean,
+                "std": IMAGENET_STD if std is None else std,
+            },
             model_args=dict(found.model_args),
         )
     )
@@ -133,20 +150,20 @@ def convert_checkpoint(
             "the file tells of no split, so the equivariant half is empty; if CLeVER trained it, "
             f"give the invariant_dim, {int(0.8 * width)} by default"
         )
+    if None in (mean, std) and not content.tells_preprocessing:
+        notes.append(_PREPROCESSING_NOTE)
     if absent := _fill(encoder, state, path):
         notes.append(f"{absent} counters of batches are not in the file and set to 0")
-    heads = None
-    if keep_heads and content.heads:
-        heads = folder / HEADS_FILENAME
-        write_atomic(heads, _packed_heads(content))
+    packed = _packed_heads(content, path) if keep_heads and content.heads else None
+    spec = encoder.save_pretrained(folder, dtype=dtype)
     return Conversion(
         kind=content.kind,
         network=content.network,
         epoch=content.epoch,
         title=found.title,
-        spec=encoder.save_pretrained(folder, dtype=dtype),
+        spec=spec,
         dropped={head: len(tensors) for head, tensors in content.heads.items()},
-        heads=heads,
+        heads=_write_heads(folder / HEADS_FILENAME, packed),
         notes=tuple(notes),
     )
 
@@ -183,6 +200,12 @@ def _trained_split(content: Checkpoint, width: int, path: Path) -> int | None:
                 f"head reads {cut} of {width} features"
             )
         return cut
+    if content.arguments.get("net") == "CLeVER":
+        raise CheckpointError(
+            f"{path} contradicts itself: its arguments say net = CLeVER, which has two heads, but "
+            f"it has only {', '.join(content.heads) or 'the backbone'}; if that is right, save the "
+            "state dict alone and give the invariant_dim"
+        )
     return None
 
 
@@ -202,8 +225,23 @@ def _fill(encoder: Encoder, state: State, path: Path) -> int:
     return len(counters)
 
 
-def _packed_heads(content: Checkpoint) -> bytes:
+def _write_heads(path: Path, packed: bytes | None) -> Path | None:
+    if packed is None:
+        path.unlink(missing_ok=True)  # of what was converted before
+        return None
+    write_atomic(path, packed)
+    return path
+
+
+def _packed_heads(content: Checkpoint, path: Path) -> bytes:
     """A safetensors file of the heads, named as in the state of training's methods."""
+    for head, state in content.heads.items():
+        for key, value in state.items():
+            if value.dtype not in _STORED_AS:
+                raise CheckpointError(
+                    f"{path}: {head}.{key} is {value.dtype}; heads are kept in "
+                    f"{', '.join(map(str, _STORED_AS))}, so convert it without them"
+                )
     first = "invariant." if "head2" in content.heads else ""
     names = {
         "projector_img": "invariant.projector",

@@ -112,7 +112,7 @@ def recognise(tensors: Mapping[str, Tensor], source: str) -> FoundBackbone:
     """
     try:
         found = _recognise(tensors)
-    except (LookupError, ValueError) as error:
+    except (LookupError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
             f"{source} holds part of a backbone, or tensors of other shapes: {error!r}"
         ) from error

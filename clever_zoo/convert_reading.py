@@ -29,6 +29,8 @@ except ImportError as error:
 Heads = dict[str, State]
 Network = Literal["teacher", "student"]
 NETWORKS: tuple[Network, ...] = ("teacher", "student")
+# Kinds of files that anybody's code may have written, with any preprocessing.
+_GENERAL_KINDS = ("training run", "classifier", "backbone alone")
 # Where else a state dict may be; the first one that is there.
 _CONTAINERS = ("state_dict_model", "state_dict", "model")
 _WRAPPERS = ("module.", "backbone.", "encoder.")
@@ -57,6 +59,11 @@ class Checkpoint(NamedTuple):
     backbone: State
     heads: Heads
     centers: State
+
+    @property
+    def tells_preprocessing(self) -> bool:
+        """Whether what wrote it is known, and with that what it normalised pixels by."""
+        return self.kind not in _GENERAL_KINDS
 
 
 class _Ignored:

@@ -112,4 +112,4 @@ class RequestError(CleverZooError, ValueError):
 
 
 class SettingError(CleverZooError, ValueError):
-    """A setting with which the service would not do what it says."""
+    """A setting with which the service would not do what it says, or the Hub's client not start."""

@@ -59,7 +59,7 @@ def compare_golden(encoder: ImageEmbedder, path: Path) -> float:
         raise IntegrityError(f"{path} does not exist, so the values cannot be checked")
     try:
         recorded = _flat(read_json(path))
-    except (KeyError, TypeError, ValueError) as error:  # a SpecError is a ValueError
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:  # or a SpecError
         raise IntegrityError(f"{path} holds no golden values ({error!r})") from error
     actual = _flat(golden_values(encoder))
     if any(recorded[name].shape != actual[name].shape for name in actual):

@@ -4,13 +4,21 @@ Proxies, tokens, HF_ENDPOINT, HF_HOME and the layout of the cache are huggingfac
 """
 
 import logging
+import os
 import re
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import clever_zoo
-from clever_zoo.errors import DownloadError, IntegrityError, SourceError, SpecError
+from clever_zoo.errors import (
+    DownloadError,
+    IntegrityError,
+    SettingError,
+    SourceError,
+    SpecError,
+)
 from clever_zoo.files import SUMS_FILENAME, read_sums, verify_file, verify_listed
 from clever_zoo.sources import HubSource
 from clever_zoo.spec import WeightFile, read_json
@@ -113,6 +121,7 @@ class HubRepo:
         What needs no request is read from the cache here, because hf_hub_download makes one even
         with local_files_only.
         """
+        check_endpoint()
         from huggingface_hub import _CACHED_NO_EXIST
 
         cached, path = self._cached(filename), None
@@ -212,6 +221,22 @@ def _check_json(path: Path) -> None:
         read_json(path)
     except SpecError as error:
         raise IntegrityError(str(error)) from error
+
+
+def check_endpoint() -> None:
+    """Refuse an HF_ENDPOINT with which huggingface_hub cannot even be imported.
+
+    Raises:
+        SettingError: If it is no URL.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    try:
+        urlsplit(endpoint)
+    except ValueError as error:
+        raise SettingError(
+            f"HF_ENDPOINT is {endpoint!r}, which is no URL ({error}); set it to one such as "
+            "https://huggingface.co, or not at all"
+        ) from error
 
 
 def _is_transient(error: Exception) -> bool:

@@ -18,11 +18,11 @@ from clever_zoo.sources import (
     parse_source,
 )
 from clever_zoo.spec import (
-    CLASSIFIER_KEY,
     CONFIG_FILENAME,
     ClassifierSpec,
     ModelSpec,
     WeightFile,
+    is_classifier,
     read_json,
 )
 
@@ -227,7 +227,7 @@ def describes_classifier(
         return False
     files = _files(parsed, cache_dir, local_files_only, token)
     config = _repaired(lambda: files.find(CONFIG_FILENAME), files)
-    return CLASSIFIER_KEY in read_json(config)
+    return is_classifier(read_json(config))
 
 
 def _files(

@@ -18,10 +18,10 @@ from clever_zoo.files import file_digest
 from clever_zoo.locate import locate_onnx
 from clever_zoo.preprocess import check_pixels, normalize_pixels
 from clever_zoo.spec import (
-    CLASSIFIER_KEY,
     ClassifierSpec,
     ModelSpec,
     PreprocessSpec,
+    is_classifier,
     parse_json,
     problem_lines,
 )
@@ -105,9 +105,8 @@ class OnnxGraph:
         except ValidationError as error:
             lines = "".join(f"\n  - {line}" for line in problem_lines(error))
             raise SpecError(f"{source}, {GRAPH_KEY}:{lines}") from error
-        is_classifier = isinstance(config, dict) and CLASSIFIER_KEY in config
         self.spec: ModelSpec | ClassifierSpec = (
-            ClassifierSpec if is_classifier else ModelSpec
+            ClassifierSpec if is_classifier(config) else ModelSpec
         ).from_config(config, source)
         self.encoder = _encoder_of(self.spec)
         self.outputs = _output_widths(self.spec)
@@ -175,14 +174,15 @@ class OnnxGraph:
             options.intra_op_num_threads = threads
         try:
             session = ort.InferenceSession(content, options, providers=chosen)
-        except _LOAD_ERRORS as error:
+            graph = cls(session, source, sha256)
+        except (*_LOAD_ERRORS, UnicodeDecodeError) as error:  # of a damaged name or metadata
             raise IntegrityError(
                 f"{source} cannot be loaded by ONNX Runtime {ort.__version__} ({error}); it is "
                 "truncated, altered or newer: fetch it again or export it again"
             ) from error
         if providers is not None:
             _check_first_provider(chosen[0], session)
-        return cls(session, source, sha256)
+        return graph
 
     @classmethod
     def find(

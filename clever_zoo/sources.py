@@ -10,7 +10,7 @@ from clever_zoo.errors import SourceError
 
 _MAX_REFERENCE_LENGTH = 193  # org/repo, each at most 96: the Hub's limit, kept for names too
 _MAX_REVISION_LENGTH = 255
-_MAX_PATH_LENGTH = 4096
+_MAX_PATH_BYTES = 4095  # Linux: 4096 with the byte that ends it
 _MAX_FILENAME_BYTES = 255
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -82,27 +82,29 @@ def _parse(source: str | Path, revision: str | None) -> Source:
     if problem := _reference_problem(source):
         raise SourceError(f"{_shown(source)} {problem}{_USE}")
     if "/" not in source:
+        if Path(source).is_dir():
+            raise _ambiguous(source, "a released model", "rename the folder or start elsewhere")
         return ReleasedSource(source)
     parsed = _hub(source, revision)
     if Path(source).exists():
-        raise SourceError(
-            f"{source!r} could be a Hub repository or the local folder of that name; "
-            f"write 'hf-hub:{source}' or 'local-dir:{source}'"
-        )
+        raise _ambiguous(source, "a Hub repository", f"write 'hf-hub:{source}'")
     return parsed
+
+
+def _ambiguous(source: str, reading: str, advice: str) -> SourceError:
+    return SourceError(
+        f"{source!r} could be {reading} or the local folder of that name; write "
+        f"'local-dir:{source}' for the folder, or {advice} for the other"
+    )
 
 
 def _local(path: str) -> LocalSource:
     """A folder may have any name that the file system allows."""
     if not path:
         raise SourceError("'local-dir:' names no folder; write 'local-dir:PATH'")
-    folder = Path(path)
-    problem = _text_problem(path, _MAX_PATH_LENGTH)
-    if any(len(os.fsencode(part)) > _MAX_FILENAME_BYTES for part in folder.parts):
-        problem = f"has a part of more than {_MAX_FILENAME_BYTES} bytes"
-    if problem:
+    if problem := _path_problem(path):
         raise SourceError(f"the folder {_shown(path)} {problem}; give the path of a model folder")
-    return LocalSource(folder)
+    return LocalSource(Path(path))
 
 
 def _hub(repo_id: str, revision: str | None) -> HubSource:
@@ -172,11 +174,28 @@ def _ascii_problem(text: str, limit: int) -> str | None:
     return None
 
 
+def _path_problem(path: str) -> str | None:
+    """What keeps a text from being a path on this system."""
+    try:
+        sizes = [len(os.fsencode(part)) for part in (path, *Path(path).parts)]
+    except UnicodeEncodeError as error:
+        return f"cannot be written in {error.encoding}: {error.reason}"
+    if sizes[0] > _MAX_PATH_BYTES:
+        return f"has {sizes[0]} bytes, at most {_MAX_PATH_BYTES} are allowed"
+    if any(size > _MAX_FILENAME_BYTES for size in sizes[1:]):
+        return f"has a part of more than {_MAX_FILENAME_BYTES} bytes"
+    return _control_problem(path)
+
+
 def _text_problem(text: str, limit: int) -> str | None:
     if not text:
         return "is empty"
     if len(text) > limit:
         return f"has {len(text)} characters, at most {limit} are allowed"
+    return _control_problem(text)
+
+
+def _control_problem(text: str) -> str | None:
     if found := next((c for c in text if unicodedata.category(c) == "Cc"), None):
         return f"contains the control character {found!r}"
     return None

@@ -115,6 +115,11 @@ class _Spec(_Frozen, ABC):
         return cls.from_config(read_json(path), str(path))
 
 
+def is_classifier(config: Any) -> bool:
+    """Whether the content of a config.json describes a classifier and not an encoder."""
+    return isinstance(config, dict) and CLASSIFIER_KEY in config
+
+
 class ModelSpec(_Spec):
     """One model: what to build, how to feed it, where to cut its features.
 
@@ -210,7 +215,7 @@ class ModelSpec(_Spec):
             SpecError: Naming `source` and every unknown, missing or wrong field; or if it
                 describes a classifier.
         """
-        if isinstance(config, dict) and CLASSIFIER_KEY in config:
+        if is_classifier(config):
             raise SpecError(
                 f"{source} describes a classifier; load it with "
                 "clever_zoo.Classifier.from_pretrained, whose attribute `encoder` is its encoder"

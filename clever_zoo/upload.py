@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import clever_zoo
 from clever_zoo.errors import UploadError
 from clever_zoo.files import SUMS_FILENAME, file_digest, folder_files, write_atomic, write_sums
-from clever_zoo.hub import LIBRARY_NAME, invalid_name, reason_of
+from clever_zoo.hub import LIBRARY_NAME, check_endpoint, invalid_name, reason_of
 from clever_zoo.spec import CARD_FILENAME
 
 if TYPE_CHECKING:
@@ -72,8 +72,9 @@ def plan_upload(
         SourceError: If the name is not valid.
         UploadError: If the repository cannot be read.
     """
+    api = _api(token)
     with _uploading(repo_id):
-        return _plan(_api(token), folder, repo_id, removable, revision)
+        return _plan(api, folder, repo_id, removable, revision)
 
 
 def upload_folder(
@@ -99,9 +100,9 @@ def upload_folder(
         SourceError: If the name is not valid.
         UploadError: If it fails; the files there are as they were.
     """
+    api = _api(token)
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    api = _api(token)
     with _uploading(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.repo_info(repo_id).private:
@@ -121,6 +122,7 @@ def upload_folder(
 
 
 def _api(token: str | bool | None) -> "HfApi":
+    check_endpoint()
     from huggingface_hub import HfApi
 
     return HfApi(token=token, library_name=LIBRARY_NAME, library_version=clever_zoo.__version__)

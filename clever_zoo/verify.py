@@ -13,11 +13,11 @@ from clever_zoo.locate import ONNX_FILENAME, released_folder
 from clever_zoo.registry import RELEASED, model_info
 from clever_zoo.sources import HubSource, LocalSource, parse_source
 from clever_zoo.spec import (
-    CLASSIFIER_KEY,
     CONFIG_FILENAME,
     ClassifierSpec,
     ModelSpec,
     WeightFile,
+    is_classifier,
     read_json,
 )
 
@@ -78,7 +78,7 @@ def _find_folder(source: str | Path) -> Path:
 def _read_spec(path: Path) -> tuple[ModelSpec, bool]:
     """The encoder's spec, and whether it is inside a classifier."""
     config = read_json(path)
-    if isinstance(config, dict) and CLASSIFIER_KEY in config:
+    if is_classifier(config):
         return ClassifierSpec.from_config(config, str(path)).encoder, True
     return ModelSpec.from_config(config, str(path)), False
 

@@ -431,11 +431,13 @@ def client_environment(hub: StandIn, home: Path, **changes: str) -> dict[str, st
     }
 
 
-def start_client(code: str, hub: StandIn, home: Path, **changes: str) -> subprocess.Popen[str]:
-    """Run Python code in a process with the real client."""
+def start_client(
+    code: str, hub: StandIn, home: Path, *arguments: str, **changes: str
+) -> subprocess.Popen[str]:
+    """Run Python code in a process with the real client; `changes` are to its environment."""
     home.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         cwd=home,
         env=client_environment(hub, home, **changes),
         stdout=subprocess.PIPE,
@@ -444,9 +446,9 @@ def start_client(code: str, hub: StandIn, home: Path, **changes: str) -> subproc
     )
 
 
-def run_client(code: str, hub: StandIn, home: Path, **changes: str) -> str:
+def run_client(code: str, hub: StandIn, home: Path, *arguments: str, **changes: str) -> str:
     """Run Python code in a process with the real client; what it prints."""
-    with start_client(code, hub, home, **changes) as process:
+    with start_client(code, hub, home, *arguments, **changes) as process:
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return out.strip()

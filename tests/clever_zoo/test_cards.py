@@ -1,9 +1,11 @@
 """Cards as the Hub reads them, and cards, registry and README in step."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from clever_zoo.cards import CITATION, METRICS, render_card
 from clever_zoo.errors import SpecError
 from clever_zoo.records import PARTS, RESULTS_FILENAME, Record
 from clever_zoo.registry import DEFAULT_TAGS
+from clever_zoo.samples import sample_paths
 
 ROOT = Path(__file__).parents[2]
 CARDS = ROOT / "model_cards"
@@ -114,7 +117,9 @@ def test_the_readme_shows_all_doors_in_ten_lines(tmp_path: Path, monkeypatch) ->
     monkeypatch.chdir(tmp_path)
     doors, _ = load_section()
     assert len(doors.splitlines()) <= 10
-    names = {"pixels": torch.zeros(1, 3, 32, 32)}
+    for name, path in zip(("shoe.png", "bag.png"), sample_paths(), strict=False):
+        shutil.copy(path, name)
+    names: dict[str, Any] = {}
     exec(doors, names)
     with torch.no_grad():
         expected = names["encoder"](names["pixels"])

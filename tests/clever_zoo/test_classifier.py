@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import clever_zoo
 from clever_zoo import Classifier, create_classifier, errors
-from clever_zoo.classifier import HEAD_STD
+from clever_zoo.classifier import HEAD_STD, load_model
 from clever_zoo.samples import sample_class, sample_paths
 from clever_zoo.spec import WeightFile
 
@@ -246,6 +246,10 @@ def test_encoders_and_classifiers_are_told_apart(folders, tmp_path) -> None:
     clever_zoo.from_pretrained("clever-resnet18").save_pretrained(tmp_path)
     with pytest.raises(errors.SpecError, match="create_classifier"):
         Classifier.from_pretrained(tmp_path)
+    for content in ("3", "null", '"clever_classifier"', '["clever_classifier"]'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(errors.SpecError, match="no 'clever' section"):
+            load_model(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import os
 import pickle
+import re
 import sys
 import types
 import zipfile
@@ -16,16 +17,20 @@ import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
 import clever_zoo
+import clever_zoo.timm  # timm's door to VMamba
 from clever_zoo.backbones import BACKBONES
 from clever_zoo.cli import app
 from clever_zoo.convert import convert_checkpoint
-from clever_zoo.convert_backbones import recognise, rename
+from clever_zoo.convert_backbones import recognise
 from clever_zoo.errors import CheckpointError, CleverZooError, SpecError, WeightsMismatchError
+from clever_zoo.samples import sample_paths
+from clever_zoo.spec import ModelSpec, PreprocessSpec
 from training.heads import DinoHead
 
 HIDDEN, BOTTLENECK, PROTOTYPES = 24, 16, 40
@@ -260,6 +265,31 @@ def test_torchvision_and_timm_classifiers(
         torch.testing.assert_close(ours, model(pixels), rtol=1e-4, atol=1e-5)
 
 
+HALVES = (0.5, 0.5, 0.5)
+
+
+def test_the_normalisation_that_a_file_does_not_tell(vit: State, tmp_path: Path) -> None:
+    """Most of timm's ViTs want another than ImageNet's; a run of the authors' code does not."""
+    cfg = timm.get_pretrained_cfg("vit_tiny_patch16_224")
+    assert (cfg.mean, cfg.std, cfg.crop_pct) == (HALVES, HALVES, 0.9)
+    path = saved(vit, tmp_path, "vit.pth")
+    silent = convert_checkpoint(path, tmp_path / "silent")
+    assert silent.spec.preprocess == PreprocessSpec()
+    assert "pretrained_cfg in timm" in "".join(silent.lines())
+    told = convert_checkpoint(path, tmp_path / "told", mean=HALVES, std=HALVES, crop_pct=0.9)
+    assert "pretrained_cfg" not in "".join(told.lines())
+    image = Image.open(sample_paths()[0]).convert("RGB")
+    transform = timm.data.create_transform(
+        **timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict())
+    )
+    pixels = clever_zoo.from_pretrained(tmp_path / "told").preprocess([image])
+    assert torch.equal(pixels[0], transform(image))
+    run = saved(pretraining_run(vit, 153, 39, teacher_is_ddp=False), tmp_path)
+    assert "pretrained_cfg" not in "".join(convert_checkpoint(run, tmp_path / "run").lines())
+    with pytest.raises(SpecError, match=r"std\.1"):
+        convert_checkpoint(path, tmp_path / "bad", std=(1.0, 0.0, 1.0))
+
+
 def test_files_from_before_batches_were_counted(resnet: State, tmp_path: Path) -> None:
     old = {key: value for key, value in resnet.items() if not key.endswith("num_batches_tracked")}
     done = convert_checkpoint(saved(old, tmp_path), tmp_path / "model")
@@ -348,6 +378,23 @@ def test_kept_heads_fit_the_heads_of_training(vit: State, tmp_path: Path) -> Non
         center = run["dino_loss"]["center" if prefix == "invariant" else "center2"]
         assert torch.equal(heads[f"{prefix}.center"], center[0])
     assert len(heads) == 18
+
+
+def test_heads_are_of_the_weights_beside_them_or_not_there(vit: State, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    whole = vit | {"head.weight": torch.ones(2, 192)}
+    for change, error in (
+        ({"norm.bias": torch.full((192,), float("inf"))}, clever_zoo.errors.NonFiniteError),
+        ({"head.weight": torch.zeros(2, dtype=torch.complex128)}, CheckpointError),
+        ({"head.weight": torch.zeros(2, dtype=torch.uint8).view(torch.bits8)}, CheckpointError),
+    ):
+        with pytest.raises(error):
+            convert_checkpoint(saved(whole | change, tmp_path), folder, keep_heads=True)
+        assert not folder.exists()
+    convert_checkpoint(saved(whole, tmp_path), folder, keep_heads=True)
+    assert torch.equal(load_file(folder / "heads.safetensors")["head.weight"], torch.ones(2, 192))
+    convert_checkpoint(saved(vit, tmp_path), folder)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
 
 
 class Payload:
@@ -492,51 +539,53 @@ def test_other_backbones_are_named_beside_the_ones_here(
     assert not (tmp_path / "model").exists()
 
 
-def test_vmamba_names_of_every_age_become_the_present_ones(monkeypatch) -> None:
-    monkeypatch.setitem(BACKBONES, "vmamba_tiny", BACKBONES.get("vmamba_tiny"))
-    present = vmamba_names(96, (2, 2, 8, 2)) | {
-        "patch_embed.0.weight": torch.zeros(48, 3, 3, 3),
-        "patch_embed.2.bias": torch.zeros(48),
-        "layers.1.blocks.1.norm.weight": torch.zeros(192),
-        "layers.1.blocks.1.norm2.weight": torch.zeros(192),
-        "layers.2.blocks.7.op.in_proj.weight": torch.zeros(384, 384),
-        "layers.2.blocks.7.op.conv2d.weight": torch.zeros(384, 1, 3, 3),
-        "layers.2.blocks.7.mlp.fc1.weight": torch.zeros(1536, 384),
-        "layers.0.downsample.1.weight": torch.zeros(192, 96, 3, 3),
-        "classifier.norm.weight": torch.zeros(768),
-    }
-    legacy = {}
-    for key, value in present.items():
-        for new, old in {"patch_embed.0.": "patch_embed.proj.",
-                         "patch_embed.2.": "patch_embed.norm.",
-                         ".norm.weight": ".ln_1.weight", ".op.": ".self_attention.",
-                         "classifier.ln_1.": "norm."}.items():  # fmt: skip
-            key = key.replace(new, old)
-        legacy[key] = value[..., None, None] if ".in_proj" in key or ".fc1" in key else value
-    assert legacy.keys() != present.keys()
-    for state in (present, legacy):
-        renamed = rename(state)
-        assert renamed.keys() == present.keys()
-        assert all(torch.equal(renamed[key], present[key]) for key in present)
-        found = recognise(renamed, "test")
-        assert found.backbone == "vmamba_tiny"
-        assert "vmambav2v_tiny_224" in found.note
+def test_a_vmamba_is_known_by_its_tensors() -> None:
+    found = recognise(vmamba_names(96, (2, 2, 8, 2)), "test")
+    assert found.backbone == "vmamba_tiny"
+    assert "vmambav2v_tiny_224" in found.note
 
 
-@pytest.mark.skipif("vmamba_tiny" not in BACKBONES, reason="this version has no VMamba")
+def older_vmamba(state: State) -> State:
+    """As upstream's older files name it, with linear layers written as 1x1 convolutions."""
+    names = (
+        (r"^patch_embed\.0\.", "patch_embed.proj."),
+        (r"^patch_embed\.2\.", "patch_embed.norm."),
+        (r"(blocks\.\d+)\.norm\.", r"\1.ln_1."),
+        (r"\.op\.", ".self_attention."),
+        (r"^classifier\.norm\.", "norm."),
+    )
+    older = {}
+    for key, value in state.items():
+        is_linear = re.search(r"\.(in_proj|out_proj|fc1|fc2)\.weight$", key)
+        for pattern, replacement in names:
+            key = re.sub(pattern, replacement, key)
+        older[key] = value[..., None, None] if is_linear else value
+    return older
+
+
 def test_vmamba_checkpoints_of_the_authors_and_of_upstream(tmp_path: Path) -> None:
     state = filled(clever_zoo.create_encoder("vmamba_tiny").backbone.state_dict(), 3)
-    run = pretraining_run(state, 614, 154, teacher_is_ddp=False,
-                          arch="vssm2-vmambav2_tiny_224")  # fmt: skip
-    done = convert_checkpoint(saved(run, tmp_path), tmp_path / "clever")
-    assert (done.spec.backbone, done.spec.invariant_dim) == ("vmamba_tiny", 614)
-    upstream = state | {"classifier.head.weight": torch.rand(5, 768),
-                        "classifier.head.bias": torch.rand(5)}  # fmt: skip
-    path = saved({"model": upstream, "epoch": 264}, tmp_path, "upstream.pth")
-    done = convert_checkpoint(path, tmp_path / "upstream")
-    assert done.dropped == {"classifier.head": 2}
-    for folder in ("clever", "upstream"):
+    older = older_vmamba(state)
+    assert len(older.keys() - state.keys()) > 100
+    head = {"head.weight": torch.rand(5, 768), "head.bias": torch.rand(5)}
+    run = pretraining_run(state, 614, 154, teacher_is_ddp=False, arch="vssm2-vmambav2_tiny_224")
+    present = {"model": state | prefixed("classifier.", head), "epoch": 264}
+    for folder, content, kind, split in (
+        ("authors", run, "CLeVER pre-training run", 614),
+        ("present", present, "training run", 768),
+        ("older", {"model": older | head}, "training run", 768),
+    ):
+        path = saved(content, tmp_path)
+        done = convert_checkpoint(path, tmp_path / folder, input_size_px=32)
+        assert (done.kind, done.spec.invariant_dim) == (kind, split)
+        assert (done.spec.backbone, done.title) == ("vmamba_tiny", "VMamba-Tiny (s1l8)")
         assert_same(tmp_path / folder, state)
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        ours = clever_zoo.from_pretrained(tmp_path / "authors")(pixels).full
+        assert ours.isfinite().all()
+        model = timm.create_model(f"local-dir:{tmp_path / 'authors'}", pretrained=True).eval()
+        assert torch.equal(model(pixels), ours)
 
 
 def test_contradictions_are_errors(vit: State, tmp_path: Path) -> None:
@@ -556,6 +605,8 @@ def test_contradictions_are_errors(vit: State, tmp_path: Path) -> None:
     refused("read 153 and 40 features, its backbone has 192", run | {"teacher": wide})
     headless = {k: v for k, v in run["teacher"].items() if not k.startswith("head.")}
     refused("its heads have no 'head'", run | {"teacher": headless})
+    single = {k: v for k, v in run["teacher"].items() if not k.startswith("head2.")}
+    refused("net = CLeVER, which has two heads, but it has only head;", run | {"teacher": single})
     refused("has no teacher; it has a student", {"student": student})
     refused("no pre-training run's checkpoint, so it has no student", vit, network="student")
     refused("twice, with and without", vit | {"module.norm.bias": vit["norm.bias"]})
@@ -566,6 +617,7 @@ def test_contradictions_are_errors(vit: State, tmp_path: Path) -> None:
             WeightsMismatchError)  # fmt: skip
     refused("wrong type: norm.bias is F64", vit | {"norm.bias": vit["norm.bias"].double()},
             WeightsMismatchError)  # fmt: skip
+    refused("part of a backbone", vmamba_names(0, (2, 2, 8, 2)))
     refused("part of a backbone", {k: v for k, v in vit.items() if "patch_embed" not in k})
     refused("norm.bias holds values that are not finite",
             vit | {"norm.bias": torch.full((192,), float("inf"))},
@@ -625,7 +677,8 @@ def test_damaged_checkpoints_are_errors_of_ours(tmp_path: Path, container: str) 
 def test_the_command_says_what_it_found(vit: State, tmp_path: Path) -> None:
     path = saved(pretraining_run(vit, 153, 39, teacher_is_ddp=False), tmp_path)
     arguments = ["convert", str(path), "-o", str(tmp_path / "model"), "--network", "student",
-                 "--keep-heads", "--name", "my-vit", "--dtype", "float16"]  # fmt: skip
+                 "--keep-heads", "--name", "my-vit", "--dtype", "float16",
+                 "--mean", ".5", ".5", ".5", "--std", ".25", ".5", "1"]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     for fact in (
@@ -638,6 +691,8 @@ def test_the_command_says_what_it_found(vit: State, tmp_path: Path) -> None:
         assert fact in result.output
     heads = load_file(tmp_path / "model/heads.safetensors")
     assert "equivariant.student_head.mlp.4.bias" in heads
+    preprocess = ModelSpec.read(tmp_path / "model/config.json").preprocess
+    assert (preprocess.mean, preprocess.std) == (HALVES, (0.25, 0.5, 1.0))
     assert load_file(tmp_path / "model/model.safetensors")["cls_token"].dtype == torch.float16
     result = CliRunner().invoke(app, ["convert", str(tmp_path / "x"), "-o", str(tmp_path / "y")])
     assert result.exit_code == 2

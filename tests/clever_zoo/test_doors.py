@@ -1,9 +1,6 @@
 """Five doors to one model: clever_zoo, torch.hub, timm by name and by folder, transformers."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from clever_zoo.backbones import BACKBONES
 from clever_zoo.encoder import Encoder
 from clever_zoo.samples import sample_paths
 from clever_zoo.spec import PreprocessSpec
+from tests.hub_server import run_client, running_hub
 
 ROOT = Path(__file__).parents[2]
 RELEASED = clever_zoo.list_models()
@@ -67,55 +65,65 @@ def test_every_door_gives_a_released_model_to_the_bit(name: str) -> None:
         assert torch.equal(expected, model(pixels).pooler_output)
 
 
-# Registers the folder as a release before clever_zoo.timm is imported, and puts it into the cache
-# of the Hub's client, which may not use the network.
-VIT_SCRIPT = """
+# First without clever_zoo, as people have it who know timm or transformers alone. Then the ViT is
+# registered as a release, before clever_zoo.timm is imported.
+DOORS_SCRIPT = """
 import sys
 from pathlib import Path
 import numpy as np, timm, torch
 from transformers import AutoModel
-import clever_zoo
-from clever_zoo import locate, registry
-from clever_zoo.spec import ModelSpec
-folder, checkout = map(Path, sys.argv[1:])
-spec = ModelSpec.read(folder / "config.json")
-registry.RELEASED += (spec,)
-registry._MODELS[spec.name] = spec
-registry.DEFAULT_TAGS["clever-vit-tiny"] = "test"
-locate._MODEL_FOLDERS += (folder.parent,)
-import clever_zoo.timm
-assert "clever_vit_tiny.test" in timm.list_models("clever_*", pretrained=True)
+checkout, *folders = map(Path, sys.argv[1:])
 pixels = torch.from_numpy(np.load("pixels.npy"))
-hub = torch.hub.load(str(checkout), "clever_vit_tiny", source="local")
+doors = {}
+
+def through_timm(kind, *sources):
+    for source in sources:
+        doors[f"{kind} {source}"] = timm.create_model(source, pretrained=True).eval()(pixels)
+
 with torch.inference_mode():
-    doors = {
-        "torch.hub": hub(pixels).full,
-        "clever_zoo, Hub": clever_zoo.from_pretrained("org/vit").eval()(pixels).full,
-        "transformers": AutoModel.from_pretrained(folder).eval()(pixels).pooler_output,
-        "transformers, Hub": AutoModel.from_pretrained("org/vit").eval()(pixels).pooler_output,
-    }
-    for source in ("clever_vit_tiny", "clever_vit_tiny.test", f"local-dir:{folder}",
-                   "hf-hub:org/vit", "hf-hub:org/vit@main"):
-        doors[source] = timm.create_model(source, pretrained=True).eval()(pixels)
+    for kind, folder in zip(("resnet", "vit"), folders):
+        repo = f"org/{kind}"
+        through_timm(kind, f"local-dir:{folder}", f"hf-hub:{repo}", f"hf-hub:{repo}@main")
+        for source in (folder, repo):
+            model = AutoModel.from_pretrained(source).eval()
+            doors[f"{kind} transformers, {source}"] = model(pixels).pooler_output
+    assert not any(name.startswith("clever_zoo") for name in sys.modules)
+    import clever_zoo
+    from clever_zoo import locate, registry
+    from clever_zoo.spec import ModelSpec
+    spec = ModelSpec.read(folder / "config.json")
+    registry.RELEASED += (spec,)
+    registry._MODELS[spec.name] = spec
+    registry.DEFAULT_TAGS["clever-vit-tiny"] = "test"
+    locate._MODEL_FOLDERS += (folder.parent,)
+    import clever_zoo.timm
+    assert "clever_vit_tiny.test" in timm.list_models("clever_*", pretrained=True)
+    through_timm("vit, ours too:", "clever_vit_tiny", "clever_vit_tiny.test", "hf-hub:org/vit")
+    for kind in ("resnet", "vit"):
+        doors[f"{kind} clever_zoo"] = clever_zoo.from_pretrained(f"org/{kind}")(pixels).full
+    entry = torch.hub.load(str(checkout), "clever_vit_tiny", source="local")
+    doors["vit torch.hub"] = entry(pixels).full
 np.savez("doors.npz", **{name: values.numpy() for name, values in doors.items()})
 """
 
 
-def test_every_door_gives_a_vit_to_the_bit(vit: Path, pixels, tmp_path: Path) -> None:
-    """As if it were released, and with timm and transformers on the cache of the Hub's client."""
-    repository = tmp_path / "hub/models--org--vit"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs/main").write_text("0" * 40)
-    shutil.copytree(vit, repository / "snapshots" / ("0" * 40))
+def test_every_door_gives_the_same_to_the_bit_through_the_hub(
+    vit: Path, pixels, tmp_path: Path
+) -> None:
+    folders = {"resnet": ROOT / "model_cards" / NAME, "vit": vit}
     np.save(tmp_path / "pixels.npy", pixels.numpy())
-    command = [sys.executable, "-c", VIT_SCRIPT, str(vit), str(ROOT)]
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
-    expected = full(clever_zoo.from_pretrained(vit), pixels).numpy()
+    with running_hub() as hub:
+        for kind, folder in folders.items():
+            hub.add(f"org/{kind}", folder)
+        run_client(DOORS_SCRIPT, hub, tmp_path, *map(str, (ROOT, *folders.values())))
+        assert all(hub.lines(f"GET /org/{kind}/[0-9a-f]{{64}}") for kind in folders)
+    expected = {kind: full(clever_zoo.from_pretrained(f), pixels) for kind, f in folders.items()}
     with np.load(tmp_path / "doors.npz") as doors:
-        assert len(doors) == 9
+        assert len(doors) == 16
         for name, features in doors.items():
-            np.testing.assert_array_equal(features, expected, name)
+            np.testing.assert_array_equal(
+                features, expected[name.split()[0].rstrip(",")].numpy(), name
+            )
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit"])

@@ -267,6 +267,10 @@ def test_damaged_missing_and_foreign_files_are_named(onnx_models: Path, tmp_path
         (tmp_path / "cut.onnx").write_bytes(content[:size])
         with pytest.raises((IntegrityError, SpecError), match=r"cut\.onnx"):
             OnnxEncoder.from_pretrained(tmp_path / "cut.onnx")
+    for name in (b"Softmax", b"invariant"):  # an operator; an output, named in the metadata too
+        (tmp_path / "names.onnx").write_bytes(content.replace(name, b"\xd0" + name[1:]))
+        with pytest.raises(IntegrityError, match=r"names\.onnx.*truncated, altered or newer"):
+            OnnxEncoder.from_pretrained(tmp_path / "names.onnx")
     (tmp_path / "text.onnx").write_text("no graph at all")
     with pytest.raises(IntegrityError, match="truncated, altered or newer"):
         OnnxEncoder.from_pretrained(str(tmp_path / "text.onnx"))

@@ -1,5 +1,6 @@
 """What a text that names a model means, and what is refused."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ from huggingface_hub.utils import validate_repo_id
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from clever_zoo.errors import SourceError
+from clever_zoo.errors import SettingError, SourceError
+from clever_zoo.locate import locate_model
 from clever_zoo.registry import list_models, model_info
 from clever_zoo.sources import HubSource, LocalSource, ReleasedSource, parse_source
+from clever_zoo.upload import plan_upload
 
 STRANGE = "aZ09-_./:@#?%\\ ~\u0435\u0445é\u2011\uff0f\u202e\x00\n\x7f"
 EVIL = st.text(st.sampled_from(STRANGE) | st.characters(), max_size=40)
@@ -47,7 +50,9 @@ SCHEMES = st.sampled_from(["", "hf-hub:", "local-dir:", "hf-hub:org/repo@", "C:"
         ("x" * 10_000, "10000 characters, at most 193"),
         ("org/" + "x" * 97, "up to 96"),
         ("hf-hub:org/repo@" + "x" * 300, "300 characters, at most 255"),
-        ("local-dir:" + "x/" * 3000, "6000 characters, at most 4096"),
+        ("local-dir:" + "x/" * 3000, "6000 bytes, at most 4095"),
+        ("local-dir:" + "é/" * 1400, "4200 bytes, at most 4095"),
+        ("local-dir:\ud800", "cannot be written in utf-8"),
         ("local-dir:" + "é" * 200, "more than 255 bytes"),
         ("hf-hub:org/a--b", "'--'"),
         ("hf-hub:org/repo.git", r"'\.git'"),
@@ -64,8 +69,37 @@ def test_what_is_refused_and_why(source: str, problem: str) -> None:
     with pytest.raises(SourceError, match=problem) as caught:
         parse_source(source)
     message = str(caught.value)
+    assert message.isprintable()
     assert any(part in message for part in ("hf-hub:", "local-dir:", "path of a model folder"))
     assert len(message) < 500
+
+
+def test_a_name_that_is_a_folder_too_has_two_readings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, other in (
+        ("clever-resnet18", "released model"),
+        ("clever-resnet18.fmnist", "released model"),
+        ("my-model", "released model"),
+        ("org/repo", "Hub repository"),
+    ):
+        parse_source(name)
+        (tmp_path / name).mkdir(parents=True)
+        with pytest.raises(SourceError, match=f"{other} or the local folder.*'local-dir:{name}'"):
+            parse_source(name)
+        assert parse_source(f"local-dir:{name}") == LocalSource(Path(name))
+    (tmp_path / "clever-resnet50").touch()  # a file is no model folder
+    assert parse_source("clever-resnet50") == ReleasedSource("clever-resnet50")
+
+
+def test_paths_are_measured_in_bytes_and_before_they_are_used() -> None:
+    longest = Path("é/" * 1365)  # 4094 bytes
+    assert parse_source(longest) == LocalSource(longest)
+    with pytest.raises(SourceError, match="is no folder"):
+        locate_model(longest)
+    with pytest.raises(SourceError, match="cannot be written"):
+        parse_source(Path("\ud800"))
 
 
 def test_folders_may_have_any_name_that_the_system_allows() -> None:
@@ -131,3 +165,11 @@ def test_released_names_are_sources() -> None:
     for name in list_models():
         assert parse_source(name) == ReleasedSource(name)
         assert model_info(name).name == name
+
+
+@pytest.mark.parametrize("reach", [locate_model, functools.partial(plan_upload, Path())])
+def test_an_endpoint_that_is_no_url_is_named(reach, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With it huggingface_hub cannot be imported."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://[::1")
+    with pytest.raises(SettingError, match=r"HF_ENDPOINT is 'http://\[::1', which is no URL"):
+        reach("org/repo")

@@ -113,6 +113,7 @@ NORMS = '"norms": {"invariant": 1, "equivariant": 1}'
         f'{{{NORMS}, "invariant": [1], "equivariant": []}}',
         f'{{{NORMS}, "invariant": 1, "equivariant": {{}}}}',
         f'{{{NORMS}, "invariant": ["x"], "equivariant": [1]}}',
+        f'{{{NORMS}, "invariant": [1{"0" * 400}], "equivariant": [1]}}',
     ],
 )
 def test_golden_values_that_are_none(folder: Path, content: str) -> None:

@@ -1,9 +1,11 @@
 """Damaged and hostile model folders: never wrong numbers, never another error than ours."""
 
+import contextlib
 import json
+import shutil
 import struct
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,12 @@ from safetensors.torch import load, load_file, save_file
 import clever_zoo
 from clever_zoo.encoder import pack_weights, read_weights
 from clever_zoo.errors import CleverZooError, IntegrityError, SpecError, WeightsMismatchError
-from clever_zoo.spec import CONFIG_FILENAME, WEIGHTS_FILENAME
+from clever_zoo.files import SUMS_FILENAME, write_sums
+from clever_zoo.locate import ONNX_FILENAME
+from clever_zoo.spec import CONFIG_FILENAME, WEIGHTS_FILENAME, WeightFile
 from clever_zoo.weights import read_header
+
+RELEASED = Path(__file__).parents[2] / "model_cards/clever-resnet18.fmnist"
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +42,9 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 
 def mutations(content: bytes, end: int, count: int, seed: int) -> Iterator[bytes]:
-    """Copies of a content with some damage before byte `end`."""
+    """So many copies of a content, each with other damage before byte `end`."""
     rng = np.random.default_rng(seed)
-    for _ in range(count):
+    while count:
         start = int(rng.integers(end))
         length = int(rng.choice([1, 2, 8, 64]))
         mutant = bytearray(content)
@@ -56,6 +62,7 @@ def mutations(content: bytes, end: int, count: int, seed: int) -> Iterator[bytes
             case 5:
                 del mutant[start:]
         if mutant != content:
+            count -= 1
             yield bytes(mutant)
 
 
@@ -159,10 +166,9 @@ def test_a_thousand_damaged_headers_give_the_same_numbers_or_an_error_of_ours(
     expected = load(content)
     path = tmp_path / WEIGHTS_FILENAME
     header_end = 8 + struct.unpack("<Q", content[:8])[0]
-    refused = tried = 0
-    for mutant in mutations(content, header_end, 1100, seed=0):
+    refused, count = 0, 1000
+    for mutant in mutations(content, header_end, count, seed=0):
         path.write_bytes(mutant)
-        tried += 1
         try:
             read_weights(module, path)
         except CleverZooError:
@@ -170,49 +176,128 @@ def test_a_thousand_damaged_headers_give_the_same_numbers_or_an_error_of_ours(
             continue
         for key, value in module.state_dict().items():
             assert torch.equal(value.float(), expected[key].float()), key
-    assert tried >= 1000
-    assert refused > 0.9 * tried
+    assert refused > 0.9 * count
 
 
-def load_mutants(folder: Path, name: str, count: int, seed: int) -> tuple[int, int]:
-    """Load a folder with damage in one file; counts of mutants and of those that loaded."""
-    expected = load_file(folder / WEIGHTS_FILENAME)
-    content = (folder / name).read_bytes()
-    tried = loaded = 0
-    for mutant in mutations(content, len(content), count, seed):
-        (folder / name).write_bytes(mutant)
-        tried += 1
-        try:
-            encoder = clever_zoo.from_pretrained(folder)
-        except CleverZooError:
-            continue
+Load = Callable[[Path], Any]
+
+
+def survivors(
+    folder: Path,
+    name: str,
+    count: int,
+    *,
+    seed: int = 0,
+    load: Load = clever_zoo.from_pretrained,
+    end: int | None = None,
+) -> Iterator[tuple[bytes, Any]]:
+    """Load a folder so many times, each with other damage in one file; what loads, and from what.
+
+    What does not load must fail with an error of ours. At the end the file is whole again.
+    """
+    path = folder / name
+    content = path.read_bytes()
+    for mutant in mutations(content, end or len(content), count, seed):
+        path.write_bytes(mutant)
+        with contextlib.suppress(CleverZooError):
+            yield mutant, load(folder)
+    path.write_bytes(content)
+
+
+def assert_same_numbers(encoder: clever_zoo.Encoder, expected: Mapping[str, torch.Tensor]) -> None:
+    for key, value in encoder.backbone.state_dict().items():
+        assert torch.equal(value, expected[key].float()), key
+
+
+def few_or_many(few: int, many: int) -> pytest.MarkDecorator:
+    """A sample by default, the rest when slow tests run."""
+    counts = [few, pytest.param(many, marks=pytest.mark.slow)]
+    return pytest.mark.parametrize("count", counts)
+
+
+@few_or_many(30, 500)
+def test_damaged_weights_never_load(folder: Path, count: int) -> None:
+    assert not list(survivors(folder, WEIGHTS_FILENAME, count, seed=count))
+
+
+@few_or_many(40, 500)
+def test_a_damaged_config_is_refused_or_loads_what_it_says(folder: Path, count: int) -> None:
+    """Without SHA256SUMS a config.json has no digest: it is believed if it is valid."""
+    expected, loaded = load_file(folder / WEIGHTS_FILENAME), 0
+    for mutant, encoder in survivors(folder, CONFIG_FILENAME, count, seed=count):
         loaded += 1
         section = json.loads(mutant)["clever"]
         del section["schema_version"]
         assert json.loads(encoder.spec.model_dump_json()) == section
-        for key, value in encoder.backbone.state_dict().items():
-            assert torch.equal(value, expected[key].float()), key
-    return tried, loaded
+        assert_same_numbers(encoder, expected)
+    assert loaded < count
 
 
-def test_damaged_folders_are_refused_or_load_what_they_say(folder: Path, whole: Path) -> None:
-    """Weights have a digest. A config.json has none of its own: it is believed if it is valid."""
-    tried, loaded = load_mutants(folder, WEIGHTS_FILENAME, 30, seed=1)
-    assert tried >= 20
-    assert not loaded
-    (folder / WEIGHTS_FILENAME).write_bytes((whole / WEIGHTS_FILENAME).read_bytes())
-    tried, loaded = load_mutants(folder, CONFIG_FILENAME, 40, seed=2)
-    assert loaded < tried
+def load_signed(folder: Path) -> clever_zoo.Encoder:
+    """Load a folder whose config.json was made to fit whatever the weights file holds."""
+    path = folder / CONFIG_FILENAME
+    config = json.loads(path.read_text())
+    weights = WeightFile.of((folder / WEIGHTS_FILENAME).read_bytes())
+    config["clever"]["weights"] = weights.model_dump()
+    path.write_text(json.dumps(config))
+    return clever_zoo.from_pretrained(folder)
+
+
+@few_or_many(20, 200)
+def test_damaged_headers_with_a_digest_that_fits(folder: Path, count: int) -> None:
+    """Some damage is harmless: to what nobody reads."""
+    expected = load_file(folder / WEIGHTS_FILENAME)
+    end = 8 + struct.unpack("<Q", (folder / WEIGHTS_FILENAME).read_bytes()[:8])[0]
+    for _, encoder in survivors(
+        folder, WEIGHTS_FILENAME, count, seed=count, load=load_signed, end=end
+    ):
+        assert_same_numbers(encoder, expected)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory, onnx_models: Path) -> Path:
+    """A released model as it is published: with its graph, and the digests of all."""
+    folder = tmp_path_factory.mktemp("published") / "model"
+    shutil.copytree(RELEASED, folder)
+    (folder / ONNX_FILENAME).parent.mkdir()
+    shutil.copy(onnx_models / "resnet18.onnx", folder / ONNX_FILENAME)
+    write_sums(folder)
+    return folder
+
+
+LOADERS: dict[str, Load] = {
+    WEIGHTS_FILENAME: clever_zoo.from_pretrained,
+    ONNX_FILENAME: clever_zoo.OnnxEncoder.from_pretrained,
+}
+
+
+@few_or_many(4, 60)
+@pytest.mark.parametrize("main_file", LOADERS)
+def test_a_damaged_published_folder_loads_as_published_or_not(
+    published: Path, main_file: str, count: int
+) -> None:
+    """In torch and in ONNX Runtime: only a list of digests may be damaged where it is not read."""
+    load = LOADERS[main_file]
+    whole = load(published)
+    for name in (CONFIG_FILENAME, main_file):
+        assert not list(survivors(published, name, count, seed=count, load=load))
+    for _, encoder in survivors(published, SUMS_FILENAME, 2 * count, seed=count, load=load):
+        assert encoder.spec == whole.spec
+        assert encoder.digests() == whole.digests()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_many_damaged_folders(folder: Path, whole: Path, seed: int) -> None:
-    tried, loaded = load_mutants(folder, WEIGHTS_FILENAME, 400, seed)
-    assert tried > 300
-    assert not loaded
-    (folder / WEIGHTS_FILENAME).write_bytes((whole / WEIGHTS_FILENAME).read_bytes())
-    load_mutants(folder, CONFIG_FILENAME, 400, seed)
+def test_a_damaged_graph_without_a_digest_loads_or_is_an_error_of_ours(
+    tmp_path: Path, onnx_models: Path
+) -> None:
+    """Of an .onnx file on its own nothing is recorded; its text is at both ends."""
+    shutil.copy(onnx_models / "vit.onnx", tmp_path)
+    loaded = 0
+    for _ in survivors(
+        tmp_path, "vit.onnx", 200, end=60_000, load=lambda f: LOADERS[ONNX_FILENAME](f / "vit.onnx")
+    ):
+        loaded += 1
+    assert loaded < 200
 
 
 def test_a_folder_cannot_name_a_file_outside(folder: Path) -> None:
