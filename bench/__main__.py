@@ -53,6 +53,7 @@ REQUIRED = {
     "resnet50": (1.6, 4.5, 0.65),
     "vit_tiny": (None, None, 0.95),
     "vit_small": (0.85, 1.5, 0.95),
+    "vmamba_tiny": (None, None, None),
 }
 Rows = tuple[list[Row], list[float]]
 

@@ -17,6 +17,7 @@ from timm.data import create_transform
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
+import clever_zoo.timm  # noqa: F401, VMamba by timm's name
 from clever_zoo.onnx_graph import OnnxGraph
 from clever_zoo.preprocess import batched
 from clever_zoo.spec import IMAGENET_MEAN, IMAGENET_STD
@@ -28,7 +29,7 @@ timm_transform = create_transform((3, 224, 224), crop_pct=0.875, interpolation="
 
 
 def eager(architecture: str) -> nn.Module:
-    """timm's model as it comes."""
+    """timm's model as it comes; VMamba is ours, in timm's registry."""
     torch.manual_seed(0)
     return timm.create_model(architecture, num_classes=0).eval()
 

@@ -139,9 +139,9 @@ class Classifier(nn.Module, PushToHub):
             layer_decay: A layer that lies d layers below the head learns at
                 encoder_lr * layer_decay ** d, with timm's count of layers. 1 gives two groups,
                 encoder and head.
-            weight_decay: Decay of matrices and convolutions, while biases and other vectors get
-                0. None leaves the decay to the optimiser, which then applies to everything, as in
-                the published settings.
+            weight_decay: Decay of matrices and convolutions, while biases, other vectors and what
+                the backbone's `no_weight_decay` names get 0. None leaves the decay to the
+                optimiser, which then applies to everything, as in the published settings.
 
         Returns:
             Dictionaries with `params`, `lr`, `name`, and `weight_decay` if that was given. Every
@@ -154,6 +154,9 @@ class Classifier(nn.Module, PushToHub):
             raise SpecError(f"layer_decay is {layer_decay}; use a number in (0, 1], 1 for none")
         depths = _layer_depths(self.encoder.backbone) if layer_decay < 1 else {}
         encoder_lr = lr if encoder_lr is None else encoder_lr
+        backbone: Any = self.encoder.backbone
+        named: set[str] = getattr(backbone, "no_weight_decay", set)()
+        spared = {f"encoder.backbone.{name}" for name in named}
         groups: dict[tuple[str, bool], dict[str, Any]] = {}
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
@@ -162,12 +165,12 @@ class Classifier(nn.Module, PushToHub):
             if not name.startswith("head."):
                 depth = depths.get(name.removeprefix("encoder.backbone."), 0)
                 layer, layer_lr = f"encoder -{depth}", encoder_lr * layer_decay**depth
-            is_vector = parameter.ndim <= 1
-            key = layer, is_vector and weight_decay is not None
+            no_decay = parameter.ndim <= 1 or name in spared
+            key = layer, no_decay and weight_decay is not None
             if key not in groups:
                 groups[key] = {"name": layer, "params": [], "lr": layer_lr}
                 if weight_decay is not None:
-                    groups[key]["weight_decay"] = 0.0 if is_vector else weight_decay
+                    groups[key]["weight_decay"] = 0.0 if no_decay else weight_decay
             groups[key]["params"].append(parameter)
         return list(groups.values())
 

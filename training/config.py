@@ -115,6 +115,8 @@ class BackboneConfig(Section):
     def _check_model_args(self) -> "BackboneConfig":
         if problems := model_args_problems(self.name, self.model_args):
             raise ValueError("\n".join(problems))
+        if "drop_path_rate" in self.model_args:
+            raise ValueError("model_args.drop_path_rate: set backbone.drop_path_rate instead")
         if self.teacher_drop_path_rate and not self.drop_path_rate:
             raise ValueError(
                 f"teacher_drop_path_rate is {self.teacher_drop_path_rate}, but the network has no "

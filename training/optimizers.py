@@ -90,10 +90,11 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 def clip_gradients(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> Tensor:
     """Clip unscaled gradients in place; returns the norm of all of them before, a scalar."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
+    # In float64, because squares of finite gradients can overflow float32.
+    norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float64))
     total = torch.linalg.vector_norm(norms)
     if config.clip_norm:
         measured = norms if config.clip_scope == "tensor" else total.expand(len(gradients))
         scales = (config.clip_norm / (measured + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, list(scales.unbind()))
+        torch._foreach_mul_(gradients, list(scales.float().unbind()))
     return total

@@ -122,6 +122,22 @@ def check_agreement(step: int, data_sha256: str, device: torch.device) -> None:
         )
 
 
+def check_precision(recipe: Recipe, device: torch.device) -> None:
+    """Refuse what torch computes wrongly without a word.
+
+    Raises:
+        RecipeError: For convolutions in bf16 on a CPU: of a 3x3 kernel with stride 2 on a map of
+            one pixel, torch 2.14 returns memory that was never written as the weight's gradient.
+    """
+    name, precision = recipe.backbone.name, recipe.run.precision
+    if device.type == "cpu" and precision == "bf16" and not name.startswith("vit"):
+        problem = (
+            f"run.precision is 'bf16', in which a CPU's gradients of {name}'s convolutions can be "
+            "wrong; use 'fp32', or a GPU"
+        )
+        raise RecipeError(recipe.name, [problem])
+
+
 def check_gradients(objective: nn.Module, norm: float, step: int) -> None:
     """Stop before a broken gradient changes any weight.
 
@@ -182,6 +198,7 @@ def train(
     processes = processes or Processes(torch.device("cpu"))
     device, first = processes.device, processes.first
     check_shares(recipe, processes)
+    check_precision(recipe, device)
     steps_per_epoch = len(data) // recipe.batch_size
     if not steps_per_epoch:
         raise DataError(f"{len(data)} images do not fill one batch of {recipe.batch_size}")

@@ -33,13 +33,18 @@ def selective_scan(
         y, (b, k, c, l), computed in float32, or in float64 for a float64 `u`.
 
     Raises:
-        ShapeError: If a shape does not fit `u`, or `u` is empty or no floating-point tensor.
+        ShapeError: If a shape does not fit `u`, or `u` is no floating-point tensor.
     """
     _check_shapes(u, delta, A, B, C, D)
-    if torch.compiler.is_compiling():  # also in torch.export: no tiles and nothing in place
+    if torch.compiler.is_exporting():  # no tiles and nothing in place
         return scan_torch.scan(*(x.to(_dtype_of(u)) for x in (u, delta, A, B, C, D)))
     form = _triton_form() if kernel and u.is_cuda else None
-    return _SelectiveScan.apply(form or scan_torch, u, delta, A, B, C, D)
+    return _apply(form or scan_torch, u, delta, A, B, C, D)
+
+
+@torch.compiler.disable  # a compiler would unroll the steps, and leave the kernels unused
+def _apply(form: ModuleType, *inputs: Tensor) -> Tensor:
+    return _SelectiveScan.apply(form, *inputs)
 
 
 def selective_scan_loop(
@@ -66,7 +71,7 @@ def cross_scan(x: Tensor) -> Tensor:
     """
     if x.ndim != 4:
         raise ShapeError(f"x has shape {tuple(x.shape)}; pass (b, c, h, w)")
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_exporting():
         return _CrossScan.apply(x)
     ahead = torch.stack([x.flatten(2), x.mT.flatten(2)], 1)
     return torch.cat([ahead, ahead.flip(-1)], 1)
@@ -82,7 +87,7 @@ def cross_merge(y: Tensor, h: int, w: int) -> Tensor:
     """
     if y.ndim != 4 or y.shape[1] != 4 or y.shape[3] != h * w:
         raise ShapeError(f"y has shape {tuple(y.shape)}; pass (b, 4, c, {h} * {w} = {h * w})")
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_exporting():
         return _CrossMerge.apply(y, h, w)
     return _put_back(y, h, w)
 
@@ -92,9 +97,9 @@ def _dtype_of(u: Tensor) -> torch.dtype:
 
 
 def _check_shapes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> None:
-    if u.ndim != 4 or not u.is_floating_point() or 0 in u.shape:
+    if u.ndim != 4 or not u.is_floating_point() or 0 in u.shape[1:]:
         raise ShapeError(
-            f"u is {u.dtype} of shape {tuple(u.shape)}; pass floats (b, k, c, l), none of them 0"
+            f"u is {u.dtype} of shape {tuple(u.shape)}; pass floats (b, k, c, l), only b may be 0"
         )
     b, k, c, length = u.shape
     expected = {

@@ -5,6 +5,7 @@ Shapes: r rows, one for each direction of each image; c channels; l positions.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -158,10 +159,10 @@ def _backward_tile(
 
 def _tile_rows(u: Tensor) -> int:
     """Rows to compute at a time; off the CPU all of them."""
-    rows = len(u) * u.shape[1]
+    rows = max(1, len(u) * u.shape[1])
     if u.device.type != "cpu":
         return rows
-    return min(rows, max(1, TILE * torch.get_num_threads() // u[0, 0].numel()))
+    return min(rows, max(1, TILE * torch.get_num_threads() // math.prod(u.shape[2:])))
 
 
 def _rows(x: Tensor, images: int, dtype: torch.dtype) -> Tensor:

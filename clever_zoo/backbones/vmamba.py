@@ -93,7 +93,7 @@ class SS2D(nn.Module):
 
 
 def _softplus(x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # exported too, where onnxruntime's own operator is slow
+    if torch.compiler.is_exporting():  # onnxruntime's own operator is slow
         return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
     return _Softplus.apply(x)
 
@@ -263,7 +263,8 @@ class VMamba(nn.Module):
             x = blocks(x)
             if index in taken:
                 maps.append(x)
-            x = downsample(x)
+            if not (stop_early and index == last):
+                x = downsample(x)
         if index == len(self.layers) - 1:
             x = self.classifier["norm"](x)
             if norm and index in taken:

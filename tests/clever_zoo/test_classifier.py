@@ -127,8 +127,22 @@ def test_every_trainable_parameter_is_in_one_group(layer_decay, weight_decay, fr
         for group in groups:
             assert ("weight_decay" in group) == (weight_decay is not None)
             if weight_decay is not None:
-                vectors = {p.ndim <= 1 for p in group["params"]}
-                assert vectors == {group["weight_decay"] == 0}
+                backbone = classifier.encoder.backbone
+                tokens = [getattr(backbone, name, None) for name in ("pos_embed", "cls_token")]
+                spared = {p.ndim <= 1 or any(p is t for t in tokens) for p in group["params"]}
+                assert spared == {group["weight_decay"] == 0}
+
+
+def test_the_recurrence_of_vmamba_does_not_decay() -> None:
+    classifier = create_classifier(clever_zoo.create_encoder("vmamba_tiny"), 3)
+    (spared,) = (
+        {id(p) for p in group["params"]}
+        for group in classifier.parameter_groups(0.1, weight_decay=0.05)
+        if group["name"] != "head" and group["weight_decay"] == 0
+    )
+    mixer = classifier.encoder.backbone.layers[0].blocks[0].op
+    assert {id(mixer.A_logs), id(mixer.Ds), id(mixer.dt_projs_bias)} <= spared
+    assert id(mixer.dt_projs_weight) not in spared
 
 
 def test_plain_groups_are_encoder_and_head() -> None:

@@ -168,7 +168,6 @@ def test_keeps_only_inputs_and_states() -> None:
     ("name", "shape"),
     [
         ("u", (2, 4, 3)),
-        ("u", (0, 4, 3, 10)),
         ("u", (2, 4, 3, 0)),
         ("delta", (2, 4, 3, 9)),
         ("A", (4, 3, 1)),

@@ -383,3 +383,24 @@ def test_onnx_at_224_px(tmp_path: Path) -> None:
 def pixels_of(encoder: Encoder, count: int) -> np.ndarray:
     paths = sample_paths()[5::9][:count]
     return np.stack([image_pixels(path, encoder.spec.preprocess) for path in paths])
+
+
+@pytest.mark.slow
+def test_a_compiled_network_keeps_the_scan_and_its_gradients() -> None:
+    torch.manual_seed(0)
+    toy = VMamba(num_classes=0, embed_dim=16, depths=(1, 1), drop_path_rate=0)
+    pixels, gradients = torch.randn(2, 3, 40, 24), []
+    for network in (toy, torch.compile(copy.deepcopy(toy), backend="aot_eager")):
+        network(pixels).square().sum().backward()
+        gradients.append([p.grad for p in network.parameters()])
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_an_empty_batch_has_empty_features(toy: VMamba) -> None:
+    assert toy(torch.zeros(0, 3, 32, 32)).shape == (0, 32)
+
+
+def test_stopping_early_returns_the_map_of_its_stage(toy: VMamba) -> None:
+    pixels = torch.randn(1, 3, 32, 32)
+    last, (first,) = toy.forward_intermediates(pixels, indices=[0], stop_early=True)
+    assert torch.equal(last, first)

@@ -631,6 +631,26 @@ def test_half_precision_stays_near_full_precision(tmp_path, data, precision, bac
     assert bool(scale) == (precision == "fp16")
 
 
+def test_paths_are_dropped_as_the_recipe_says_in_one_place() -> None:
+    with pytest.raises(RecipeError, match=r"model_args.drop_path_rate: set backbone.drop_path"):
+        recipe(backbone=VMAMBA | {"model_args": {"drop_path_rate": 0.4}})
+
+
+def test_convolutions_in_bf16_are_refused_on_a_cpu(tmp_path: Path, data: TrainImages) -> None:
+    with pytest.raises(RecipeError, match=r"run\.precision is 'bf16'.*resnet18.*'fp32'"):
+        pretrain.train(recipe(run={"precision": "bf16"}), data, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_finite_gradients_whose_squares_overflow_are_clipped() -> None:
+    layer = torch.nn.Linear(3, 2)
+    for parameter in layer.parameters():
+        parameter.grad = torch.full_like(parameter, 1e30)
+    config = load_recipe("clever-resnet18.fmnist", ["optimizer.clip_norm=3.0"]).optimizer
+    assert float(clip_gradients(layer.parameters(), config)) == pytest.approx(8**0.5 * 1e30)
+    assert float(layer.bias.grad.norm()) == pytest.approx(3.0)
+
+
 @pytest.mark.slow
 def test_compiling_changes_rounding_alone(tmp_path: Path, data: TrainImages) -> None:
     for name, compiled in (("eager", False), ("compiled", True)):
