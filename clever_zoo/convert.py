@@ -156,6 +156,10 @@ def convert_checkpoint(
         notes.append(f"{absent} counters of batches are not in the file and set to 0")
     packed = _packed_heads(content, path) if keep_heads and content.heads else None
     spec = encoder.save_pretrained(folder, dtype=dtype)
+    heads = None
+    if packed is not None:
+        heads = folder / HEADS_FILENAME
+        write_atomic(heads, packed)
     return Conversion(
         kind=content.kind,
         network=content.network,
@@ -163,7 +167,7 @@ def convert_checkpoint(
         title=found.title,
         spec=spec,
         dropped={head: len(tensors) for head, tensors in content.heads.items()},
-        heads=_write_heads(folder / HEADS_FILENAME, packed),
+        heads=heads,
         notes=tuple(notes),
     )
 
@@ -223,14 +227,6 @@ def _fill(encoder: Encoder, state: State, path: Path) -> int:
     check_tensors(stored, expected, str(path))
     encoder.backbone.load_state_dict(state)
     return len(counters)
-
-
-def _write_heads(path: Path, packed: bytes | None) -> Path | None:
-    if packed is None:
-        path.unlink(missing_ok=True)  # of what was converted before
-        return None
-    write_atomic(path, packed)
-    return path
 
 
 def _packed_heads(content: Checkpoint, path: Path) -> bytes:
