@@ -163,7 +163,7 @@ def embed_files(
         threads: Threads that load images ahead; None for one per core (one per Ray worker).
         on_error: "skip" lists unreadable images beside the output in NAME.errors.jsonl;
             "raise" stops at the first.
-        decoder: "fast" is twice as fast for JPEG files, with pixels up to 1 of 255 away, rarely
+        decoder: "fast" reads JPEG files 1.5 times as fast, with pixels up to 1 of 255 away, rarely
             2; see `clever_zoo.fast_pixels`.
         resume: Go on from the parts of an interrupted run. Its paths, model and batch size
             have to be the same; whether the content of a file changed is not looked at. Without

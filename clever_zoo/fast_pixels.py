@@ -42,7 +42,7 @@ _UPRIGHT: dict[int, tuple[bool, list[int]]] = {
 def fast_image_pixels(
     source: ImageInput, spec: PreprocessSpec, index: int = 0
 ) -> NDArray[np.uint8]:
-    """As `clever_zoo.preprocess.image_pixels`, twice as fast or more for JPEG files.
+    """As `clever_zoo.preprocess.image_pixels`, 1.5 times as fast for JPEG files of 500 pixels.
 
     Pixels are up to 1 of 255 away from Pillow's, rarely 2, because torch's resize rounds its
     weights otherwise. Pillow decodes what is no grey or RGB JPEG file or damaged, and does all of
