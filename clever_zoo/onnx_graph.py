@@ -22,9 +22,10 @@ from clever_zoo.spec import (
     ClassifierSpec,
     ModelSpec,
     PreprocessSpec,
-    is_classifier,
+    encoder_spec,
     parse_json,
     problem_lines,
+    read_config,
 )
 
 try:
@@ -106,10 +107,8 @@ class OnnxGraph:
         except ValidationError as error:
             lines = "".join(f"\n  - {line}" for line in problem_lines(error))
             raise SpecError(f"{source}, {GRAPH_KEY}:{lines}") from error
-        self.spec: ModelSpec | ClassifierSpec = (
-            ClassifierSpec if is_classifier(config) else ModelSpec
-        ).from_config(config, source)
-        self.encoder = _encoder_of(self.spec)
+        self.spec = read_config(config, source)
+        self.encoder = encoder_spec(self.spec)
         self.outputs = _output_widths(self.spec)
         self._check_signature()
         provider = session.get_providers()[0]
@@ -232,13 +231,9 @@ class OnnxGraph:
         return binding.copy_outputs_to_cpu()
 
 
-def _encoder_of(spec: ModelSpec | ClassifierSpec) -> ModelSpec:
-    return spec.encoder if isinstance(spec, ClassifierSpec) else spec
-
-
 def _facts(spec: ModelSpec | ClassifierSpec) -> dict[str, Any]:
     """What determines the outputs and where they come from: all but the name."""
-    facts = dict(spec) | dict(_encoder_of(spec))
+    facts = dict(spec) | dict(encoder_spec(spec))
     return {key: value for key, value in facts.items() if key not in ("name", "encoder")}
 
 

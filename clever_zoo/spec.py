@@ -327,6 +327,25 @@ class ClassifierSpec(_Spec):
         return spec
 
 
+def read_config(config: Any, source: str) -> ModelSpec | ClassifierSpec:
+    """The spec of an encoder or a classifier, whichever a config.json describes.
+
+    Args:
+        config: The content of config.json.
+        source: For the error message.
+
+    Raises:
+        SpecError: If it does not fit.
+    """
+    kind = ClassifierSpec if is_classifier(config) else ModelSpec
+    return kind.from_config(config, source)
+
+
+def encoder_spec(spec: ModelSpec | ClassifierSpec) -> ModelSpec:
+    """The spec of an encoder, also of a classifier's."""
+    return spec.encoder if isinstance(spec, ClassifierSpec) else spec
+
+
 def _current_version(part: dict[str, Any], name: str, source: str) -> dict[str, Any]:
     """The fields of a section without its version, which must be this release's."""
     fields = dict(part)

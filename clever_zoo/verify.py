@@ -17,7 +17,8 @@ from clever_zoo.spec import (
     CONFIG_FILENAME,
     ClassifierSpec,
     ModelSpec,
-    is_classifier,
+    encoder_spec,
+    read_config,
     read_json,
 )
 
@@ -49,25 +50,19 @@ def verify_model(source: str | Path) -> list[Check]:
         UnknownModelError, DownloadError: If a released model cannot be found.
     """
     folder = model_folder(source)
+    path = folder / CONFIG_FILENAME
     try:
-        spec, is_classifier = _read_spec(folder / CONFIG_FILENAME)
+        described = read_config(read_json(path), str(path))
     except SpecError as error:
         return [Check("FAILED", CONFIG_FILENAME, str(error)), *_check_sums(folder)]
+    spec = encoder_spec(described)
     return [
         Check("ok", CONFIG_FILENAME, f"describes {spec.name}"),
         _check_registry(spec, folder),
         _attempt("weights", functools.partial(_verified_weights, spec, folder)),
         *_check_sums(folder),
-        *_check_values(spec, folder, is_classifier),
+        *_check_values(described, folder),
     ]
-
-
-def _read_spec(path: Path) -> tuple[ModelSpec, bool]:
-    """The encoder's spec, and whether it is inside a classifier."""
-    config = read_json(path)
-    if is_classifier(config):
-        return ClassifierSpec.from_config(config, str(path)).encoder, True
-    return ModelSpec.from_config(config, str(path)), False
 
 
 def _attempt(subject: str, check: Callable[[], str]) -> Check:
@@ -114,8 +109,8 @@ def _verified_sum(folder: Path, name: str, sums: dict[str, str]) -> str:
     return f"as in {SUMS_FILENAME}"
 
 
-def _check_values(spec: ModelSpec, folder: Path, is_classifier: bool) -> Iterator[Check]:
-    if is_classifier:
+def _check_values(spec: ModelSpec | ClassifierSpec, folder: Path) -> Iterator[Check]:
+    if isinstance(spec, ClassifierSpec):
         yield Check("skipped", "values", "none are recorded of a classifier")
         return
     if not (folder / GOLDEN_FILENAME).is_file():
