@@ -207,12 +207,15 @@ class RunConfig(Section):
         precision: "fp16" (with a loss scale) and "bf16" compute matrix products and convolutions
             in half precision; weights and losses stay in float32.
         compile: Compile the backbones; changes rounding alone.
+        small_map_products: Convolutions on maps of a few pixels as matrix products; changes
+            rounding alone. A ResNet-50 at 32 pixels trains twice as fast with it on a CPU.
         accumulation_steps: Parts in which a process takes its share of a batch.
     """
 
     smoke: bool = False
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
+    small_map_products: bool = False
     accumulation_steps: int = Field(1, ge=1)
 
 

@@ -17,6 +17,7 @@ from training.diagnostics import (
 )
 from training.methods.base import Method
 from training.networks import build_student, build_teacher, forward_views
+from training.small_maps import use_small_map_convolutions
 from training.transform import TransformTerm
 from training.views import Views
 
@@ -47,6 +48,8 @@ class Objective(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.student = build_student(recipe.backbone, recipe.seed)
+        if recipe.run.small_map_products:
+            use_small_map_convolutions(self.student)
         self.teacher = (
             build_teacher(self.student, recipe.backbone)
             if recipe.method_row.build.has_teacher
