@@ -29,6 +29,7 @@ from training.evaluate.perturb import perturb
 from training.networks import build_student
 from training.pretrain import preprocess_spec
 from training.runs import load_run
+from training.small_maps import use_small_map_convolutions
 
 BATCH_SIZE = 256
 PIXELS_SIZE_PX = 32  # larger pictures would give the raw-pixel control 150,000 values
@@ -107,7 +108,11 @@ def load_encoder(source: str | Path, device: str = "cpu") -> tuple[Encoder, dict
 
 
 def subject(encoder: Encoder, role: Role, training: dict[str, Any], cut: int) -> Subject:
-    """An encoder as a subject, cut at `cut` whatever its own split."""
+    """An encoder as a subject, cut at `cut` whatever its own split.
+
+    Its convolutions are made faster where images are small, which changes rounding alone.
+    """
+    use_small_map_convolutions(encoder.backbone.to(memory_format=torch.channels_last))
     weights = encoder.spec.weights
     name = "untrained" if role == "untrained" else encoder.spec.name
     network = Network(
