@@ -96,12 +96,14 @@ class BackboneConfig(Section):
     """The network; `model_args` goes to timm and into the released spec.
 
     The reference's teacher drops no path but VMamba's, which drops as many as its student.
+    `zero_init_residual` starts every residual block of a ResNet as its shortcut.
     """
 
     name: str
     model_args: dict[str, Any] = Field({})
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
     teacher_drop_path_rate: float = Field(0.0, ge=0, lt=1)
+    zero_init_residual: bool = False
     freeze_patch_embed: bool = False  # MoCo v3 on a ViT
 
     @field_validator("name")
@@ -124,6 +126,8 @@ class BackboneConfig(Section):
             )
         if self.freeze_patch_embed and not self.name.startswith("vit"):
             raise ValueError(f"freeze_patch_embed is for a ViT, not {self.name}")
+        if self.zero_init_residual and not self.name.startswith("resnet"):
+            raise ValueError(f"zero_init_residual is for a ResNet, not {self.name}")
         return self
 
 

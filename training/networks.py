@@ -5,6 +5,7 @@ from itertools import groupby
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,11 +46,20 @@ def build_student(config: BackboneConfig, seed: int) -> nn.Module:
     model_args = {"drop_path_rate": config.drop_path_rate} | config.model_args
     student = build_backbone(config.name, **model_args)
     use_sampled_drop_path(student)
+    if config.zero_init_residual:
+        zero_last_gains(student)
     if isinstance(student, VisionTransformer):
         nn.init.trunc_normal_(student.cls_token, std=0.02)
         student.__class__ = _DinoVisionTransformer
         student.patch_embed.requires_grad_(not config.freeze_patch_embed)
     return student
+
+
+def zero_last_gains(network: nn.Module) -> None:
+    """Let every residual block of a ResNet start as its shortcut (Goyal et al. 2017)."""
+    for block in network.modules():
+        if isinstance(block, (BasicBlock, Bottleneck)):
+            block.zero_init_last()
 
 
 def build_teacher(student: nn.Module, config: BackboneConfig) -> nn.Module:

@@ -80,7 +80,8 @@ def evaluate(
         for images, split in zip(stored, ("train", "test"), strict=True)
     )
     crops = load_split(config, data, "train") if CROPPING & set(tasks) else None
-    fresh = untrained(encoder.spec, seed).to(usable_device(device))
+    zeroed = recipe is not None and recipe.backbone.zero_init_residual
+    fresh = untrained(encoder.spec, seed, zero_init_residual=zeroed).to(usable_device(device))
     subjects = [
         subject(encoder, "model", training, cut),
         *([other] if other else []),
