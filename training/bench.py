@@ -9,6 +9,7 @@ same round holds. Each round also times a fixed matrix product (the canary): whe
 the machine was not quiet.
 """
 
+import copy
 import functools
 import json
 import os
@@ -45,6 +46,7 @@ from training.methods.dino import Dino, DinoSection
 from training.pretrain import HALF, build_views, train
 from training.provenance import environment
 from training.runlog import LOG, read_log
+from training.small_maps import use_small_map_convolutions
 from training.views import MultiCrop
 
 IN100_EPOCHS, IN100_IMAGES = 200, 126_689
@@ -443,25 +445,52 @@ def scan(
     settings = {"batch": batch, "directions": 4, "channels": channels, "length": length}
     try:
         usable_device(device)
-        figures, canaries = take_turns(scan_works(settings, device), rounds)
-        each = [{name: s[i] for name, s in figures.items()} for i in range(rounds)]
-        ratios = [{name: row["loop"] / s for name, s in row.items()} for row in each]
-        record = {
-            "settings": settings,
-            "environment": environment(device),
-            "seconds": spreads(each),
-            "times_the_loop": spreads(ratios),
-            "canary_gflops": canaries,
-            "rounds": each,
-        }
-        if json_path is not None:
-            write_atomic(json_path, (json.dumps(record, indent=2) + "\n").encode())
+        works = scan_works(settings, device)
+        record = forms_record(works, rounds, settings, device, peer="loop", json_path=json_path)
     except (CleverZooError, OSError) as error:
         fail(error)
     title = f"selective scan {batch} x 4 x {channels} x {length}, forward and backward"
-    table = Table("", "ms", "min..max", "times the loop", "min..max", title=title)
-    for name in figures:
-        s, r = record["seconds"][name], record["times_the_loop"][name]
+    Console().print(forms_table(record, title, peer="loop"))
+
+
+def forms_record(
+    works: dict[str, Callable[[], float]],
+    rounds: int,
+    settings: dict[str, Any],
+    device: str,
+    *,
+    peer: str,
+    json_path: Path | None,
+) -> dict[str, Any]:
+    """Time forms of one computation in turns; `times_the_PEER` is how many times as fast each is.
+
+    Args:
+        works: Name of a form -> call that returns its seconds.
+        peer: Name of the form that the others are compared with.
+        json_path: Also write the record there.
+    """
+    figures, canaries = take_turns(works, rounds)
+    each = [{name: s[i] for name, s in figures.items()} for i in range(rounds)]
+    ratios = [{name: row[peer] / s for name, s in row.items()} for row in each]
+    record = {
+        "settings": settings,
+        "environment": environment(device),
+        "seconds": spreads(each),
+        f"times_the_{peer}": spreads(ratios),
+        "canary_gflops": canaries,
+        "rounds": each,
+    }
+    if json_path is not None:
+        write_atomic(json_path, (json.dumps(record, indent=2) + "\n").encode())
+    return record
+
+
+def forms_table(record: dict[str, Any], title: str, *, peer: str) -> Table:
+    """What `forms_record` found, for a terminal."""
+    canaries = record["canary_gflops"]
+    table = Table("", "ms", "min..max", f"times the {peer}", "min..max", title=title)
+    for name in record["seconds"]:
+        s, r = record["seconds"][name], record[f"times_the_{peer}"][name]
         table.add_row(
             name,
             f"{1e3 * s['median']:,.1f}",
@@ -473,7 +502,59 @@ def scan(
         f"{record['environment']['hardware']}, torch {record['environment']['torch']}; "
         f"canary {min(canaries):.0f}..{max(canaries):.0f} GFLOP/s"
     )
-    Console().print(table)
+    return table
+
+
+def small_map_works(settings: dict[str, Any], device: str) -> dict[str, Callable[[], float]]:
+    """Forward and backward of a backbone with torch's convolutions and with matrix products.
+
+    Args:
+        settings: `backbone`, `batch`, `size_px`.
+    """
+    torch.manual_seed(0)
+    plain = build_backbone(settings["backbone"]).to(device, memory_format=torch.channels_last)
+    products = copy.deepcopy(plain)
+    use_small_map_convolutions(products)
+    shape = (settings["batch"], 3, settings["size_px"], settings["size_px"])
+    pixels = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+
+    def step_seconds(network: torch.nn.Module) -> float:
+        return seconds(lambda: network(pixels).square().mean().backward(), device)
+
+    forms = {"convolutions": plain, "products": products}
+    return {name: functools.partial(step_seconds, network) for name, network in forms.items()}
+
+
+@app.command()
+def small_maps(
+    backbone: Annotated[str, typer.Argument(help="A ResNet.")] = "resnet50",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of torch.")] = 1,
+    batch: Annotated[int, typer.Option(min=2, help="Images.")] = 128,
+    size: Annotated[int, typer.Option(min=1, help="Side of the images, px.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds.")] = 5,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the record there.")
+    ] = None,
+) -> None:
+    """Time a ResNet, forward and backward, with matrix products in place of small convolutions.
+
+    That is what `run.small_map_products = true` chooses in a recipe.
+
+    Example: python -m training.bench small-maps resnet18 --size 32
+    """
+    torch.set_num_threads(threads)
+    settings = {"backbone": backbone, "batch": batch, "size_px": size}
+    try:
+        usable_device(device)
+        works = small_map_works(settings, device)
+        record = forms_record(
+            works, rounds, settings, device, peer="convolutions", json_path=json_path
+        )
+    except (CleverZooError, OSError) as error:
+        fail(error)
+    title = f"{backbone}, {batch} x {size} px, forward and backward"
+    Console().print(forms_table(record, title, peer="convolutions"))
 
 
 def step_rates(recipe: Recipe, device: str, steps: int) -> dict[str, float]:

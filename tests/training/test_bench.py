@@ -73,6 +73,17 @@ def test_scan_compares_with_the_loop(tmp_path) -> None:
     assert record["times_the_loop"]["loop"]["median"] == 1
 
 
+def test_small_maps_compares_with_convolutions(tmp_path) -> None:
+    out = tmp_path / "small-maps.json"
+    options = ["--batch", "2", "--size", "16", "--rounds", "2", "--json", str(out)]
+    result = CliRunner().invoke(app, ["small-maps", "resnet18", *options])
+    assert result.exit_code == 0, result.output
+    record = json.loads(out.read_text())
+    assert record["settings"] == {"backbone": "resnet18", "batch": 2, "size_px": 16}
+    ratios = [row["convolutions"] / row["products"] for row in record["rounds"]]
+    assert record["times_the_convolutions"]["products"]["max"] == pytest.approx(max(ratios))
+
+
 @pytest.mark.slow
 def test_backbones_compares_with_resnet50(tmp_path) -> None:
     out = tmp_path / "backbones.json"

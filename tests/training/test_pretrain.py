@@ -23,7 +23,7 @@ from clever_zoo.samples import sample_paths
 from training import pretrain
 from training.checkpoint import CHECKPOINT, load_recipe_and_encoder
 from training.clever import Clever
-from training.config import RECIPES, Recipe, load_recipe, parse_recipe
+from training.config import RECIPES, BackboneConfig, Recipe, load_recipe, parse_recipe
 from training.data import ImageSet, TrainImages, load_train_images
 from training.drop_path import SampledDropPath, choose_paths
 from training.methods.byol import ByolSection
@@ -216,6 +216,21 @@ def test_other_data_is_refused(tmp_path: Path, data: TrainImages, image_set: Ima
 def test_too_little_data_is_refused(tmp_path: Path, data: TrainImages) -> None:
     with pytest.raises(DataError, match="34 images do not fill one batch of 64"):
         pretrain.train(recipe(batch_size=64), data, tmp_path)
+
+
+@pytest.mark.parametrize(("backbone", "block_end"), [("resnet18", "bn2"), ("resnet50", "bn3")])
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_residual_blocks_start_as_their_shortcuts(backbone, block_end, zeroed) -> None:
+    config = BackboneConfig(name=backbone, zero_init_residual=zeroed)
+    gains = {
+        name: module.weight
+        for name, module in build_student(config, 0).named_modules()
+        if isinstance(module, torch.nn.BatchNorm2d)
+    }
+    ends = {name for name in gains if name.startswith("layer") and name.endswith(block_end)}
+    assert len(ends) == {"resnet18": 8, "resnet50": 16}[backbone]
+    for name, gain in gains.items():
+        assert (gain == (0 if zeroed and name in ends else 1)).all(), name
 
 
 def test_the_untrained_teacher_is_the_student_and_follows_it(tmp_path: Path, data) -> None:
@@ -438,6 +453,7 @@ def test_a_recipe_lists_all_its_mistakes(tmp_path: Path) -> None:
             "compares the images of a batch",
         ),
         ({"backbone": {"name": "resnet18", "freeze_patch_embed": True}}, "is for a ViT"),
+        ({"backbone": {"name": "vit_tiny", "zero_init_residual": True}}, "is for a ResNet"),
         ({"clever": {"alignment_weight": 1.0}}, "without a transform_weight"),
         ({**VIT, "views": {"global_size_px": 18, "local_size_px": 8}}, "multiple of patch 4"),
         ({"backbone": {"name": "resnet18", "model_args": {"in_chans": 1}}}, "in_chans"),

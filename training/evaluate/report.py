@@ -204,9 +204,9 @@ def finetune_lines(root: Path = CHECKOUT) -> str:
 
 def bench_tables(root: Path = CHECKOUT) -> str:
     """What `python -m training.bench` recorded."""
-    views, heads, step, scan, backbones = (
+    views, heads, step, scan, small_maps, backbones = (
         _read(root / RECORDS / f"bench-{n}.json")
-        for n in ("views", "heads", "step", "scan", "backbones")
+        for n in ("views", "heads", "step", "scan", "small-maps", "backbones")
     )
     figures = {name: f["median"] for name, f in views["summary"].items()}
     spread = views["summary"]["ratio"]
@@ -233,7 +233,8 @@ def bench_tables(root: Path = CHECKOUT) -> str:
             f"{row['images_per_s'] / row['peer_images_per_s']:.2f} | {row['data_share']:.1%} | "
             f"{row['in100_hours']:,.0f} h |"
         )
-    return "\n".join([*lines, "", _scan_line(scan), *_backbone_lines(backbones)])
+    ends = [_scan_line(scan), _small_maps_line(small_maps), *_backbone_lines(backbones)]
+    return "\n".join([*lines, "", *ends])
 
 
 def _scan_line(scan: Mapping[str, Any]) -> str:
@@ -244,6 +245,18 @@ def _scan_line(scan: Mapping[str, Any]) -> str:
         f"{seconds['torch']['median'] * 1e3:,.0f} ms in plain torch, "
         f"{seconds['loop']['median'] * 1e3:,.0f} ms in the loop: {ratio['median']:.1f} times as "
         f"fast ({ratio['min']:.1f}..{ratio['max']:.1f})."
+    )
+
+
+def _small_maps_line(record: Mapping[str, Any]) -> str:
+    settings, seconds = record["settings"], record["seconds"]
+    ratio = record["times_the_convolutions"]["products"]
+    return (
+        f"- **Small maps as matrix products**: `{settings['backbone']}`, forward and backward "
+        f"({settings['batch']} x {settings['size_px']} px; {_where(record)}): "
+        f"{seconds['products']['median'] * 1e3:,.0f} ms, with torch's convolutions "
+        f"{seconds['convolutions']['median'] * 1e3:,.0f} ms: {ratio['median']:.2f} times as fast "
+        f"({ratio['min']:.2f}..{ratio['max']:.2f})."
     )
 
 
