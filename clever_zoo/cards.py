@@ -434,6 +434,9 @@ central {p.input_size_px}x{p.input_size_px} cut out; then (value / 255 - mean) /
 ## Use and misuse
 - Good for: {data.good_for}.
 - Not for: {data.not_for}.
+- For colour photographs train one of the repository's ImageNet recipes instead
+  (`training/recipes/*.in100-*.toml`, `*.in1k-*.toml`; a GPU is needed and no weights of them are
+  released), or take a general image encoder.
 
 ## Limits
 - The halves are named for what training asks of them. Trust what they were measured to hold.

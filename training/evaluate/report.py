@@ -115,6 +115,7 @@ def rendered_files(root: Path = CHECKOUT) -> dict[Path, str]:
             "trials": trials_table(root),
             "bench": bench_tables(root),
             "finetune": finetune_lines(root),
+            "reproduce": reproduce_table(records.values()),
         },
     )
     pairs = [(model_info(name).backbone, record) for name, record in records.items()]
@@ -181,6 +182,27 @@ def trials_table(root: Path = CHECKOUT) -> str:
             f"{t['commit'][:7]}"
         )
     return markdown_table(table_rows(columns + controls, METRICS)) + "\n\n" + "\n".join(facts)
+
+
+def reproduce_table(records: Iterable[Record]) -> str:
+    """The command that trains each released network, and what that took where it was done."""
+    cells = [["command", "images", "minutes", "images/s", "hardware", "commit"]]
+    for column in (c for record in records for c in columns_of(record)):
+        network = column.record.network(column.role)
+        if network is None or "recipe" not in network.training:
+            continue
+        t = network.training
+        cells.append(
+            [
+                f"`python -m training.pretrain {t['recipe']}`",
+                f"{t['images_seen']:,}",
+                f"{t['seconds'] / 60:.0f}",
+                f"{t['images_per_s']:.0f}",
+                t["hardware"],
+                t["commit"][:7],
+            ]
+        )
+    return markdown_table(cells, texts=1)
 
 
 def finetune_lines(root: Path = CHECKOUT) -> str:
