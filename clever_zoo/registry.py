@@ -84,7 +84,7 @@ def model_info(name: str) -> ModelSpec:
     full_name = f"{name}.{DEFAULT_TAGS[name]}" if name in DEFAULT_TAGS else name
     if spec := released(full_name):
         return spec
-    known = re.fullmatch(r"(clever|dino)-([a-z0-9-]+?)(\.[a-z0-9-]+)?", name)
+    known = re.fullmatch(r"(clever|dino)-([a-z0-9-]+?)(\.[a-z0-9_-]+)?", name)
     if known and known[2].replace("-", "_") in BACKBONES:
         recipe = name if known[3] else f"{name}.fmnist"
         raise UnknownModelError(

@@ -127,10 +127,10 @@ def test_other_mistakes_are_exit_code_2(pictures: Path, tmp_path: Path, model: s
     assert result.exit_code == 2
     assert ".parquet or .npz" in result.output
     result = runner.invoke(
-        app, ["embed", str(pictures), "-o", str(tmp_path / "x.npz"), "-m", "clever-resnet50"]
+        app, ["embed", str(pictures), "-o", str(tmp_path / "x.npz"), "-m", "dino-resnet50"]
     )
     assert result.exit_code == 2
-    assert "training.pretrain clever-resnet50.fmnist" in result.output.replace("\n", "")
+    assert "training.pretrain dino-resnet50.fmnist" in result.output.replace("\n", "")
 
 
 def test_unusable_targets_and_devices_are_exit_code_2(pictures, tmp_path, model) -> None:
