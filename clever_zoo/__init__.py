@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from clever_zoo.registry import list_models as list_models
     from clever_zoo.registry import model_info as model_info
     from clever_zoo.spec import ModelSpec as ModelSpec
+    from clever_zoo.turn import Turn as Turn
+    from clever_zoo.turn import read_turn as read_turn
 
 __version__ = "0.1.0"
 
@@ -47,6 +49,7 @@ _PUBLIC = {
     "OnnxEncoder": "onnx_encoder",
     "Part": "embedding",
     "Predictions": "embedding",
+    "Turn": "turn",
     "compare_images": "compare",
     "create_classifier": "classifier",
     "create_encoder": "encoder",
@@ -56,6 +59,7 @@ _PUBLIC = {
     "list_backbones": "backbones",
     "list_models": "registry",
     "model_info": "registry",
+    "read_turn": "turn",
 }
 
 __all__ = list(_PUBLIC)

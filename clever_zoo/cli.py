@@ -7,7 +7,7 @@ import sys
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -27,6 +27,10 @@ from clever_zoo.backbones import list_backbones
 from clever_zoo.errors import BackendMissingError, CleverZooError
 from clever_zoo.registry import list_models, model_info
 from clever_zoo.serve import MAX_IMAGE_PIXELS
+
+if TYPE_CHECKING:
+    from clever_zoo.encoder import Encoder
+    from clever_zoo.turn import Turn
 
 app = typer.Typer(
     name="clever-zoo",
@@ -255,6 +259,14 @@ def compare(
     first: Annotated[str, typer.Argument(help="A picture.", show_default=False)],
     second: Annotated[str, typer.Argument(help="Another one.", show_default=False)],
     model: ModelArgument = "clever-resnet18",
+    turn: Annotated[
+        bool,
+        typer.Option(
+            "--turn",
+            help="Also read from the equivariant half by how many degrees the second picture is "
+            "turned against the first, and what that reading is worth; embeds 2,602 pictures.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
 ) -> None:
     """Say how alike two pictures are in each half.
@@ -263,7 +275,7 @@ def compare(
     many pairs of different bundled pictures (small grey pictures of clothes) are less alike.
     What a half holds is measured in the model's card; its name does not promise it.
 
-    Example: clever-zoo compare shoe.png shoe-turned.png
+    Example: clever-zoo compare shoe.png shoe-turned.png --turn
     """
     try:
         from clever_zoo.compare import compare_images
@@ -271,19 +283,38 @@ def compare(
 
         encoder = from_pretrained(model)
         comparison = compare_images(encoder, first, second)
+        reading = _read_turn(encoder, first, second) if turn else None
     except (CleverZooError, OSError) as error:
         fail(error)
     halves = {name: getattr(comparison, name) for name in ("invariant", "equivariant")}
     if as_json:
         values = {name: likeness._asdict() for name, likeness in halves.items()}
         record = {"model": encoder.spec.name, "images": [first, second], **values}
-        typer.echo(json.dumps(record | {"pairs": comparison.pairs}, indent=2))
+        turns = {} if reading is None else {"turn": reading._asdict()}
+        typer.echo(json.dumps(record | {"pairs": comparison.pairs} | turns, indent=2))
         return
     for name, likeness in halves.items():
         # Rounded down: 100 % is said only where no pair is as much alike.
         typer.echo(
             f"{name}: cosine {likeness.cosine:.3f}, more alike than "
             f"{int(likeness.percent_less_alike)} % of pairs of different bundled pictures"
+        )
+    if reading is not None:
+        way = "counter-clockwise" if reading.degrees >= 0 else "clockwise"
+        typer.echo(
+            f"turn: the second by {abs(reading.degrees):.0f}° {way} against the first; on bundled "
+            f"pictures such readings are {reading.error_deg:.0f}° off on average, the answer 0 is "
+            f"{reading.guess_deg:.0f}°"
+        )
+
+
+def _read_turn(encoder: "Encoder", first: str, second: str) -> "Turn":
+    from clever_zoo.turn import read_turn, turn_pictures
+
+    with _embed_progress() as bar:
+        task = bar.add_task("turn", total=turn_pictures())
+        return read_turn(
+            encoder, first, second, on_progress=lambda done: bar.update(task, completed=done)
         )
 
 
