@@ -133,7 +133,7 @@ ERRORS = (
 
 
 def columns_of(record: Record) -> list[Column]:
-    """The networks of a record: model, baseline, untrained network, raw pixels."""
+    """The networks of a record, in the order of `ROLES`."""
     ordered = sorted(record.networks, key=lambda network: ROLES.index(network.role))
     return [Column(n.name, record, n.name, n.role) for n in ordered]
 
@@ -208,6 +208,7 @@ def results_table(record: Record, rows: Iterable[Metric] = METRICS) -> str:
 
 
 _CUTS: dict[Role, str] = {
+    "paper": "the same cut of the network with the paper's terms alone",
     "baseline": "the same cut of the baseline",
     "untrained": "that of the untrained network",
 }

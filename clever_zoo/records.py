@@ -17,7 +17,7 @@ from clever_zoo.spec import problem_lines
 
 RESULTS_FILENAME = "results.json"
 
-Role = Literal["model", "baseline", "untrained", "pixels"]
+Role = Literal["model", "paper", "baseline", "untrained", "pixels"]
 Interpolation = Literal["bicubic", "bilinear"]
 FeatureRecipe = Literal["last1", "last4_reference", "last4_per_block"]
 
@@ -48,8 +48,9 @@ class Network(_Frozen):
 
     Attributes:
         name: Its column in tables, such as "clever-resnet18.fmnist" or "untrained".
-        role: The model, its DINO baseline cut at the same index, the untrained network of the
-            same seed, or the raw pixels.
+        role: The model; for one that goes beyond the paper, that of the paper's terms alone; its
+            DINO baseline, cut at the same index; the untrained network of the same seed; or the
+            raw pixels.
         sha256: Of its weights as they are stored for release; None for pixels, and where the
             record is older than this field.
         training: Facts of its training.

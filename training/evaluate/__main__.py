@@ -41,6 +41,7 @@ def evaluate(
     source: str,
     *,
     baseline: str | None = None,
+    paper: str | None = None,
     data: Path | None = None,
     dataset: str | None = None,
     overrides: Sequence[str] = (),
@@ -54,6 +55,7 @@ def evaluate(
     Args:
         source: A run's folder or a source of `clever_zoo.from_pretrained`.
         baseline: The same of a network whose features are cut at the model's index.
+        paper: The same of a network trained with the paper's terms alone, for a model with more.
         data: Folder of the data set.
         dataset: Name of the data set; None for the one the model was trained on.
         overrides: Values of the data section, such as "hf_name=org/name".
@@ -72,7 +74,8 @@ def evaluate(
     config = _data_config(source, recipe, encoder.spec.preprocess, dataset, overrides)
     seed = recipe.seed if recipe else 0
     cut = encoder.spec.invariant_dim
-    other = None if baseline is None else _baseline(baseline, encoder, device)
+    rivals: dict[Role, str | None] = {"paper": paper, "baseline": baseline}
+    others = [_rival(role, rival, encoder, device) for role, rival in rivals.items() if rival]
     stored = [list_images(config, data, split) for split in ("train", "test")]
     check_classes(*stored)
     train, test = (
@@ -84,7 +87,7 @@ def evaluate(
     fresh = untrained(encoder.spec, seed, zero_init_residual=zeroed).to(usable_device(device))
     subjects = [
         subject(encoder, "model", training, cut),
-        *([other] if other else []),
+        *others,
         subject(fresh, "untrained", {"seed": seed}, cut),
         raw_pixels(train),
     ]
@@ -145,7 +148,7 @@ def _data_config(
     return parse_section(DataConfig, content, "data")
 
 
-def _baseline(source: str, encoder: Encoder, device: str) -> Subject:
+def _rival(role: Role, source: str, encoder: Encoder, device: str) -> Subject:
     other, training = load_encoder(source, device)
     ours, theirs = encoder.spec, other.spec
     if (theirs.backbone, theirs.preprocess) != (ours.backbone, ours.preprocess):
@@ -153,7 +156,7 @@ def _baseline(source: str, encoder: Encoder, device: str) -> Subject:
             f"{theirs.name} has another backbone or transform than {ours.name}; compare networks "
             "that see the same pixels"
         )
-    return subject(other, "baseline", training, ours.invariant_dim)
+    return subject(other, role, training, ours.invariant_dim)
 
 
 def _chosen(text: str, allowed: Sequence[str], option: str) -> list[Any]:
@@ -181,6 +184,13 @@ def main(
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Run or name of the baseline, cut at the same index.")
+    ] = None,
+    paper: Annotated[
+        str | None,
+        typer.Option(
+            help="For a model that goes beyond the paper: run or name of the one with the paper's "
+            "terms alone."
+        ),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
     dataset: Annotated[
@@ -219,6 +229,7 @@ def main(
         for measured in evaluate(
             source,
             baseline=baseline,
+            paper=paper,
             data=data,
             dataset=dataset,
             overrides=overrides or (),

@@ -27,6 +27,7 @@ Groups = Mapping[str, Sequence[Metric]]
 
 _MARKS: Mapping[Role, tuple[str, str, str]] = {  # colour, marker, line
     "model": ("#d1495b", "o", "-"),
+    "paper": ("#3f8f4f", "D", "-"),
     "baseline": ("#2a7fba", "s", "--"),
     "untrained": ("#9a8a1f", "^", "-."),
     "pixels": (GREY, "x", ":"),

@@ -186,12 +186,14 @@ def trials_table(root: Path = CHECKOUT) -> str:
 
 def reproduce_table(records: Iterable[Record]) -> str:
     """The command that trains each released network, and what that took where it was done."""
+    trained = {
+        network.name: network.training
+        for record in records
+        for network in record.networks
+        if "recipe" in network.training
+    }
     cells = [["command", "images", "minutes", "images/s", "hardware", "commit"]]
-    for column in (c for record in records for c in columns_of(record)):
-        network = column.record.network(column.role)
-        if network is None or "recipe" not in network.training:
-            continue
-        t = network.training
+    for t in trained.values():
         cells.append(
             [
                 f"`python -m training.pretrain {t['recipe']}`",
