@@ -18,7 +18,8 @@ whose `invariant` and `equivariant` halves are {cut} and {rest} wide.
 Released weights: {released}.
 
 Args:
-    pretrained: Weights `{model}`, in evaluation mode; else random ones, in training mode.
+    pretrained: Released weights, in evaluation mode; else random ones, in training mode.
+    tag: Which released weights, as after the dot of their name; None for those of `{model}`.
     **kwargs: For `clever_zoo.from_pretrained` or, without weights, `create_encoder`.
 
 Raises:
@@ -29,9 +30,9 @@ Raises:
 def _entry_point(backbone: str) -> _Callable[..., _Encoder]:
     model = f"clever-{backbone.replace('_', '-')}"
 
-    def load(pretrained: bool = True, **kwargs: _Any) -> _Encoder:
+    def load(pretrained: bool = True, tag: str | None = None, **kwargs: _Any) -> _Encoder:
         if pretrained:
-            return _from_pretrained(model, **kwargs)
+            return _from_pretrained(f"{model}.{tag}" if tag else model, **kwargs)
         return _create_encoder(backbone, **kwargs)
 
     feature_dim = _BACKBONES[backbone].feature_dim

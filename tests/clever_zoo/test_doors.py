@@ -15,6 +15,7 @@ import clever_zoo.timm
 from clever_zoo import errors, locate
 from clever_zoo.backbones import BACKBONES
 from clever_zoo.encoder import Encoder
+from clever_zoo.registry import DEFAULT_TAGS
 from clever_zoo.samples import sample_paths
 from clever_zoo.spec import PreprocessSpec
 from tests.hub_server import run_client, running_hub
@@ -56,10 +57,15 @@ def test_every_door_gives_a_released_model_to_the_bit(name: str) -> None:
     pixels = encoder.preprocess(sample_paths()[::20])
     expected = full(encoder, pixels)
     folder = ROOT / "model_cards" / name
-    entry = f"clever_{encoder.spec.backbone}"
-    assert torch.equal(expected, full(torch.hub.load(str(ROOT), entry, source="local"), pixels))
+    entry, _, tag = timm_name(name).partition(".")
+    by_hub = [torch.hub.load(str(ROOT), entry, source="local", tag=tag)]
+    by_timm = [timm_name(name), f"local-dir:{folder}"]
+    if DEFAULT_TAGS[name.partition(".")[0]] == tag:
+        by_hub.append(torch.hub.load(str(ROOT), entry, source="local"))
+        by_timm.append(entry)
+    assert all(torch.equal(expected, full(model, pixels)) for model in by_hub)
     with torch.no_grad():
-        for source in (timm_name(name), entry, f"local-dir:{folder}"):
+        for source in by_timm:
             model = timm.create_model(source, pretrained=True).eval()
             assert torch.equal(expected, model(pixels)), source
         model = AutoModel.from_pretrained(folder).eval()
