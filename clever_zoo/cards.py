@@ -231,6 +231,8 @@ def findings(record: Record) -> list[str]:
 
 def _sentence(columns: Mapping[Role, Column], metric: Metric, half: Part, other: Part) -> str:
     """A number of both halves of the model, each beside the same cuts of the controls."""
+    if not all(columns["model"].find(metric, part) for part in (half, other)):
+        return ""
     clauses = []
     for part in (half, other):
         named: dict[Role, str] = {"model": f"the {part} half", **_CUTS}
@@ -240,7 +242,7 @@ def _sentence(columns: Mapping[Role, Column], metric: Metric, half: Part, other:
             if role in columns and (found := columns[role].find(metric, part))
         ]
         clauses.append(", ".join(cuts))
-    return f"{metric.label}: {'; '.join(clauses)}." if all(clauses) else ""
+    return f"{metric.label}: {'; '.join(clauses)}."
 
 
 def _count(

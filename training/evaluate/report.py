@@ -113,6 +113,7 @@ def rendered_files(root: Path = CHECKOUT) -> dict[Path, str]:
         training_readme,
         {
             "trials": trials_table(root),
+            "plus": plus_table(root),
             "bench": bench_tables(root),
             "finetune": finetune_lines(root),
             "reproduce": reproduce_table(records.values()),
@@ -172,16 +173,24 @@ def trials_table(root: Path = CHECKOUT) -> str:
     records = [Record.read(path) for path in sorted((root / RECORDS).glob("trial-*.json"))]
     columns = [c for record in records for c in columns_of(record) if c.role == "model"]
     controls = [c for c in columns_of(records[0]) if c.role in ("untrained", "pixels")]
-    facts = []
-    for record in records:
-        network = record.network("model")
-        t = network.training if network else {}
-        facts.append(
-            f"- `{record.model}`: seed {t['seed']}, {t['steps']} steps, {t['images_seen']:,} "
-            f"images in {t['seconds'] / 60:.0f} minutes on {t['hardware']}; commit "
-            f"{t['commit'][:7]}"
-        )
+    facts = [_run_line(record) for record in records]
     return markdown_table(table_rows(columns + controls, METRICS)) + "\n\n" + "\n".join(facts)
+
+
+def plus_table(root: Path = CHECKOUT) -> str:
+    """The whole run with the transform term, beside the released one of the paper's terms."""
+    record = Record.read(root / RECORDS / "plus-clever-resnet18.fmnist.json")
+    rows = (*METRICS, *READINGS[1:3], *ERRORS)
+    return results_table(record, rows) + "\n\n" + _run_line(record)
+
+
+def _run_line(record: Record) -> str:
+    network = record.network("model")
+    t = network.training if network else {}
+    return (
+        f"- `{record.model}`: seed {t['seed']}, {t['steps']} steps, {t['images_seen']:,} "
+        f"images in {t['seconds'] / 60:.0f} minutes on {t['hardware']}; commit {t['commit'][:7]}"
+    )
 
 
 def reproduce_table(records: Iterable[Record]) -> str:
