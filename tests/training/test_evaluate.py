@@ -355,6 +355,22 @@ def finished(runs: Path, record: Record, monkeypatch: pytest.MonkeyPatch) -> Rec
     return with_row(record, "pixels", "full", "cj_r", 35.0)
 
 
+def test_a_network_of_the_papers_terms_stands_beside_a_model_with_more(
+    runs: Path, record: Record, finished: Record, fashion_mnist_folder: Path, tmp_path: Path
+) -> None:
+    common = [runs / "clever-resnet18.fmnist", "--data", fashion_mnist_folder, "-o", tmp_path]
+    paper = ["--paper", runs / "dino-resnet18.fmnist", "--networks", "paper"]
+    result = run_evaluation(*common, *paper, "--tasks", "knn")
+    assert result.exit_code == 0, result.output
+    beside = Record.read(tmp_path / "results.json")
+    (network,) = beside.networks
+    assert (network.name, network.role) == ("dino-resnet18.fmnist", "paper")
+    assert top1(beside, "paper", "invariant") == top1(record, "baseline", "invariant")
+    renamed = network.model_copy(update={"name": "clever-resnet18.paper"})
+    networks = (finished.networks[0], renamed, *finished.networks[1:])
+    assert release.gate_problems(finished.model_copy(update={"networks": networks})) == []
+
+
 def test_an_unfinished_run_is_not_released(runs: Path, record: Record, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="stopped after 3 steps"):
         release.release(runs / "clever-resnet18.fmnist", record, tmp_path)

@@ -242,6 +242,14 @@ def test_findings_state_both_halves_and_controls(record: Record) -> None:
     assert f"above the invariant half in 1 of {count}" in findings(better)[-1]
 
 
+def test_no_finding_without_a_number_of_the_model(record: Record) -> None:
+    rows = tuple(r for r in record.results if r.network != NAME or r.protocol.task != "angle")
+    assert not any(
+        sentence.startswith("angle R²")
+        for sentence in findings(record.model_copy(update={"results": rows}))
+    )
+
+
 def test_card_holds_protocols_digests_and_where(record: Record) -> None:
     spec = clever_zoo.model_info(NAME)
     card = render_card(spec, record)
