@@ -1,7 +1,7 @@
 """Convolutions on maps of a few pixels as matrix products.
 
 A ResNet at 32 pixels ends in maps of 2 x 2 pixels and one. There, on a CPU, torch's convolutions of
-many channels take up to twenty times as long as the matrix product that does the same.
+many channels take many times as long as the matrix product that does the same.
 """
 
 import torch
