@@ -9,6 +9,7 @@ from clever_zoo.embedding import unit_rows
 from clever_zoo.errors import NonFiniteError, SpecError
 from clever_zoo.preprocess import ImageInput
 from clever_zoo.samples import sample_paths
+from clever_zoo.spec import ModelSpec
 
 if TYPE_CHECKING:
     from clever_zoo.encoder import Encoder
@@ -53,11 +54,7 @@ def compare_images(encoder: "Encoder", a: ImageInput, b: ImageInput) -> Comparis
         NonFiniteError: If a half of a picture has no direction: it is all 0 or not finite.
     """
     spec = encoder.spec
-    if not spec.equivariant_dim:
-        raise SpecError(
-            f"{spec.name!r} has no equivariant half (invariant_dim {spec.invariant_dim} is all of "
-            "its features); compare with a model that is split, such as 'clever-resnet18'"
-        )
+    check_split(spec)
     pictures = encoder.embed([a, b])
     others = encoder.embed(sample_paths()[::SAMPLE_STEP])
     invariant = _likeness(pictures.invariant, others.invariant, f"invariant half of {spec.name}")
@@ -66,6 +63,19 @@ def compare_images(encoder: "Encoder", a: ImageInput, b: ImageInput) -> Comparis
     )
     count = len(others.invariant)
     return Comparison(invariant, equivariant, count * (count - 1) // 2)
+
+
+def check_split(spec: ModelSpec) -> None:
+    """Refuse a model without an equivariant half.
+
+    Raises:
+        SpecError: If it has none.
+    """
+    if not spec.equivariant_dim:
+        raise SpecError(
+            f"{spec.name!r} has no equivariant half (invariant_dim {spec.invariant_dim} is all of "
+            "its features); compare with a model that is split, such as 'clever-resnet18'"
+        )
 
 
 def _likeness(pictures: NDArray[np.float32], others: NDArray[np.float32], name: str) -> Likeness:

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from clever_zoo.compare import check_split
 from clever_zoo.embedder import ImageEmbedder, Progress
-from clever_zoo.errors import NonFiniteError, SpecError
+from clever_zoo.errors import NonFiniteError
 from clever_zoo.preprocess import ImageInput, image_pixels
 from clever_zoo.samples import sample_paths
 
@@ -76,16 +77,10 @@ def read_turn(
         NonFiniteError: If a feature is not finite.
     """
     spec = embedder.spec
-    if not spec.equivariant_dim:
-        raise SpecError(
-            f"{spec.name!r} has no equivariant half (invariant_dim {spec.invariant_dim} is all of "
-            "its features); read a turn with a model that is split, such as 'clever-resnet18'"
-        )
+    check_split(spec)
     sources: list[ImageInput] = [a, b, *sample_paths()]
     squares = np.stack([image_pixels(x, spec.preprocess, i) for i, x in enumerate(sources)])
-    samples = np.arange(2, len(sources))
-    tested = np.repeat(samples[::HELD_OUT], 2)
-    fitted = np.repeat(np.setdiff1d(samples, tested), TURNS)
+    tested, fitted = _copies()
     numbers = np.concatenate([[0, 1], tested, fitted])
     angles = np.random.default_rng(0).uniform(-MAX_ANGLE_DEG, MAX_ANGLE_DEG, len(numbers))
     angles[:2] = 0
@@ -104,9 +99,14 @@ def read_turn(
 
 def turn_pictures() -> int:
     """How many pictures `read_turn` embeds."""
-    count = len(sample_paths())
-    tested = len(range(0, count, HELD_OUT))
-    return (count - tested) * TURNS + tested * 2 + 2
+    return 2 + sum(map(len, _copies()))
+
+
+def _copies() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers of the bundled pictures, after the two compared: in pairs to test, and to fit."""
+    samples = np.arange(2, 2 + len(sample_paths()))
+    tested = samples[::HELD_OUT]
+    return np.repeat(tested, 2), np.repeat(np.setdiff1d(samples, tested), TURNS)
 
 
 def turned(squares: Squares, degrees: Values) -> Squares:

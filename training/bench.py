@@ -50,6 +50,10 @@ from training.small_maps import use_small_map_convolutions
 from training.views import MultiCrop
 
 IN100_EPOCHS, IN100_IMAGES = 200, 126_689
+DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the record there.")]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Counted rounds.")]
+ThreadsOption = Annotated[int, typer.Option(min=1, help="CPU threads of torch.")]
 
 app = typer.Typer(
     help="Compare the speed of ours with a peer's, in one process and in turns.",
@@ -130,7 +134,7 @@ def _commands() -> None:
 @app.command()
 def views(
     device: Annotated[str, typer.Option(help="Where the batched pipeline runs.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of torch.")] = 1,
+    threads: ThreadsOption = 1,
     style: Annotated[str, typer.Option(help="dino or simsiam (has no local views).")] = "dino",
     strength: Annotated[str, typer.Option(help="baug, caug or caug_plus.")] = "caug",
     global_size: Annotated[int, typer.Option(help="Side of the two global views, px.")] = 224,
@@ -139,9 +143,7 @@ def views(
     image_size: Annotated[int, typer.Option(min=8, help="Side of the source, px.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Images of a round.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Counted rounds.")] = 7,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Also write the record there.")
-    ] = None,
+    json_path: JsonOption = None,
 ) -> None:
     """Time the batched view pipeline beside torchvision on Pillow images.
 
@@ -235,15 +237,13 @@ def _in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
 
 @app.command()
 def heads(
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: DeviceOption = "cpu",
     batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 128,
     views: Annotated[int, typer.Option(min=3, help="Views of an image, two of them global.")] = 10,
     prototypes: Annotated[int, typer.Option(min=2, help="Prototypes of each head.")] = 65536,
     feature_dim: Annotated[int, typer.Option(min=2, help="Width of the features.")] = 2048,
     chunk_images: Annotated[int, typer.Option(min=1, help="Images scored at a time.")] = 16,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Also write the record there.")
-    ] = None,
+    json_path: JsonOption = None,
 ) -> None:
     """Peak memory of the two prototype heads: all images at once beside some at a time.
 
@@ -325,14 +325,12 @@ def backbones(
     names: Annotated[
         list[str] | None, typer.Argument(help="Backbones (default: all) beside resnet50.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: DeviceOption = "cpu",
     batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 8,
     size: Annotated[int, typer.Option(min=1, help="Side of the images, px.")] = 224,
     steps: Annotated[int, typer.Option(min=1, help="Counted steps.")] = 3,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Also write the record there.")
-    ] = None,
+    json_path: JsonOption = None,
 ) -> None:
     """Training steps of the bare backbones: images/s and peak memory beside ResNet-50's.
 
@@ -424,15 +422,13 @@ def scan_works(settings: dict[str, int], device: str) -> dict[str, Callable[[], 
 
 @app.command()
 def scan(
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of torch.")] = 1,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images.")] = 8,
     channels: Annotated[int, typer.Option(min=1, help="Channels of each direction.")] = 96,
     length: Annotated[int, typer.Option(min=1, help="Positions, h x w of the feature map.")] = 3136,
-    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds.")] = 5,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Also write the record there.")
-    ] = None,
+    rounds: RoundsOption = 5,
+    json_path: JsonOption = None,
 ) -> None:
     """Time VMamba's selective scan, forward and backward in float32, beside the plain loop.
 
@@ -528,14 +524,12 @@ def small_map_works(settings: dict[str, Any], device: str) -> dict[str, Callable
 @app.command()
 def small_maps(
     backbone: Annotated[str, typer.Argument(help="A ResNet.")] = "resnet50",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of torch.")] = 1,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = 1,
     batch: Annotated[int, typer.Option(min=2, help="Images.")] = 128,
     size: Annotated[int, typer.Option(min=1, help="Side of the images, px.")] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds.")] = 5,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Also write the record there.")
-    ] = None,
+    rounds: RoundsOption = 5,
+    json_path: JsonOption = None,
 ) -> None:
     """Time a ResNet, forward and backward, with matrix products in place of small convolutions.
 
@@ -586,14 +580,12 @@ def step(
     recipes: Annotated[
         list[str] | None, typer.Argument(help="Recipes (default: CLeVER's of ImageNet-100).")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: DeviceOption = "cpu",
     batch: Annotated[int, typer.Option(min=2, help="Images of a step.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Counted steps.")] = 3,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     cores: Annotated[int, typer.Option(min=0, help="Cores of the peer; 0: all.")] = 0,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Also write the record there.")
-    ] = None,
+    json_path: JsonOption = None,
 ) -> None:
     """Time whole training steps, and say what 200 epochs of ImageNet-100 would take.
 

@@ -17,7 +17,15 @@ from clever_zoo.errors import CleverZooError, DataError
 from clever_zoo.records import RESULTS_FILENAME, ROLES, Environment, Record, Role
 from clever_zoo.spec import PreprocessSpec
 from training.checkpoint import CHECKPOINT
-from training.config import DataConfig, Recipe, load_recipe, merged, parse_override, parse_section
+from training.config import (
+    BackboneConfig,
+    DataConfig,
+    Recipe,
+    load_recipe,
+    merged,
+    parse_override,
+    parse_section,
+)
 from training.data import check_classes, list_images, load_split
 from training.evaluate.inputs import (
     EvaluationImages,
@@ -83,8 +91,13 @@ def evaluate(
         for images, split in zip(stored, ("train", "test"), strict=True)
     )
     crops = load_split(config, data, "train") if CROPPING & set(tasks) else None
-    zeroed = recipe is not None and recipe.backbone.zero_init_residual
-    fresh = untrained(encoder.spec, seed, zero_init_residual=zeroed).to(usable_device(device))
+    spec = encoder.spec
+    start = (
+        recipe.backbone
+        if recipe
+        else BackboneConfig(name=spec.backbone, model_args=spec.model_args)
+    )
+    fresh = untrained(spec, start, seed).to(usable_device(device))
     subjects = [
         subject(encoder, "model", training, cut),
         *others,

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from clever_zoo.embedding import Part
 from clever_zoo.errors import DataError, NonFiniteError
+from clever_zoo.turn import wrapped
 from training import pixel_ops
 from training.evaluate.inputs import EvaluationImages, Features, embed_changed, parts_of
 from training.evaluate.linear import fit_cached
@@ -190,7 +191,7 @@ def box_values(samples: Samples, seed: int, size_px: int) -> Values:
 def angle_error(predicted: Values, degrees: Values) -> float:
     """Mean absolute error in degrees of (sin, cos) predictions (N, 2) of angles (N,)."""
     error = np.rad2deg(np.arctan2(*predicted.T)) - degrees
-    return float(np.abs((error + 180) % 360 - 180).mean())
+    return float(np.abs(wrapped(error)).mean())
 
 
 def _sin_cos(degrees: Values) -> Values:

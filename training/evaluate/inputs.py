@@ -121,11 +121,8 @@ def subject(encoder: Encoder, role: Role, training: dict[str, Any], cut: int) ->
     return Subject(network, encoder, cut)
 
 
-def untrained(spec: ModelSpec, seed: int, *, zero_init_residual: bool = False) -> Encoder:
+def untrained(spec: ModelSpec, backbone: BackboneConfig, seed: int) -> Encoder:
     """The network that training with `seed` starts from."""
-    backbone = BackboneConfig(
-        name=spec.backbone, model_args=spec.model_args, zero_init_residual=zero_init_residual
-    )
     fresh = spec.model_copy(update={"provenance": None, "weights": None})
     return as_released(fresh, build_student(backbone, seed).state_dict())
 
