@@ -80,6 +80,7 @@ class Clever(nn.Module):
             **self.invariant.loss_terms(target.invariant, online.invariant, epoch),
             "orthogonality": s.orthogonality_weight
             * self.equivariant.orthogonality(projections, epoch, s.orthogonality_reduction),
+            **self.equivariant.equivariant_terms(projections),
             "head_balance": s.head_balance_weight * self._head_balance(),
         }
 

@@ -276,9 +276,28 @@ class Recipe(Section):
                 f"optimizer.warmup_epochs is {self.optimizer.warmup_epochs}, "
                 f"which leaves nothing of {self.epochs} epochs"
             )
+        problems += self._idle_options()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _idle_options(self) -> list[str]:
+        """Options that are set and would change nothing."""
+        problems = []
+        if self.clever is None:
+            problems = [
+                f"method.{key} is {getattr(self.method, key)}, which concerns the equivariant "
+                "half alone: add a [clever] section or leave it out"
+                for key in ("equivariant_center", "equivariant_variance_weight")
+                if key in type(self.method).model_fields
+                and getattr(self.method, key) != type(self.method).model_fields[key].default
+            ]
+        if self.optimizer.fixed_predictor_lr and not self.method_row.build.has_predictor:
+            problems.append(
+                f"optimizer.fixed_predictor_lr is set, but {self.method.name} has no predictor: "
+                "leave it out"
+            )
+        return problems
 
     @property
     def feature_dim(self) -> int:

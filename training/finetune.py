@@ -335,14 +335,21 @@ def finetune(
     )
 
 
-def settings_text(config: FinetuneConfig) -> str:
-    """What a record says of the task: every setting."""
+def settings_text(config: FinetuneConfig, subset_seed: int | None = None) -> str:
+    """What a record says of the task: every setting, and the images' seed where it is another."""
     settings = ", ".join(f"{k} {v}" for k, v in config.model_dump(exclude={"data"}).items())
+    if subset_seed not in (None, config.seed):
+        settings += f", images drawn with seed {subset_seed}"
     return f"training.finetune with {settings}; 'best' is the best epoch on the test images"
 
 
 def result_record(
-    result: FinetuneResult, config: FinetuneConfig, spec: ModelSpec, device: str
+    result: FinetuneResult,
+    config: FinetuneConfig,
+    spec: ModelSpec,
+    device: str,
+    *,
+    subset_seed: int | None = None,
 ) -> Record:
     """The result as a record; the task's definition holds every setting.
 
@@ -351,6 +358,7 @@ def result_record(
         config: What it was trained with.
         spec: Of the encoder that it started from.
         device: Where it was trained.
+        subset_seed: Seed of the images that were used, None for the config's.
     """
     task = "frozen" if config.freeze else "finetune"
     network = Network(
@@ -374,7 +382,7 @@ def result_record(
         dataset=config.data.dataset,
         invariant_dim=spec.invariant_dim,
         images={"train": result.n_train, "test": result.n_test},
-        tasks={task: settings_text(config)},
+        tasks={task: settings_text(config, subset_seed)},
         perturbations={"ori": PERTURBATIONS["ori"].text},
         networks=(network,),
         environments=(Environment(**environment(device), versions=library_versions()),),
@@ -412,6 +420,7 @@ def run(
     train, test = (list_images(config.data, data, s, cache_folder) for s in ("train", "test"))
     check_classes(train, test)
     subset = choose_images(config, train, subset_file)
+    config = config.model_copy(update={"fraction": subset.fraction})
     if len(subset.indices) < 2:
         raise DataError(f"the subset has {len(subset.indices)} image; at least 2 are needed")
     torch.manual_seed(config.seed)
@@ -439,7 +448,8 @@ def run(
         workers=workers,
     )
     classifier.save_pretrained(out)
-    result_record(result, config, encoder.spec, device).write(out / RESULTS_FILENAME)
+    record = result_record(result, config, encoder.spec, device, subset_seed=subset.seed)
+    record.write(out / RESULTS_FILENAME)
     return result
 
 

@@ -15,19 +15,25 @@ LARS_TRUST = 0.001
 def build_optimizer(config: OptimizerConfig, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
     """The optimiser over every trained parameter; learning rates are set at each step.
 
-    Its groups carry `decays` and `fixed_lr`; empty ones are left out.
+    Its groups carry `decays` and `fixed_lr`; empty ones are left out. LARS is timm's: it adapts
+    every tensor but biases and vectors, by |w| / (|g| + decay |w|) where the reference divides by
+    |g + decay w|; under the policy "all", which lets vectors decay, it adapts them too.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for module in modules:
         spared = module.no_weight_decay() if hasattr(module, "no_weight_decay") else set()
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 fixed = config.fixed_predictor_lr and "predictor" in name
                 decays = _decays(config, name, parameter, spared)
-                groups.setdefault((decays, fixed), []).append(parameter)
+                adapts = config.name == "lars" and not _is_vector(name, parameter)
+                groups.setdefault((decays, fixed, adapts), []).append(parameter)
     described = [
         {"params": parameters, "decays": decays, "fixed_lr": fixed, "weight_decay": 0.0}
-        for (decays, fixed), parameters in sorted(groups.items(), reverse=True, key=lambda g: g[0])
+        | ({"always_adapt": adapts} if config.name == "lars" else {})
+        for (decays, fixed, adapts), parameters in sorted(
+            groups.items(), reverse=True, key=lambda group: group[0]
+        )
     ]
     match config.name:
         case "adamw":
@@ -41,8 +47,12 @@ def build_optimizer(config: OptimizerConfig, modules: Iterable[nn.Module]) -> to
 def _decays(config: OptimizerConfig, name: str, parameter: Tensor, spared: set[str]) -> bool:
     if config.weight_decay_policy == "all":
         return True
-    vector = name.endswith(".bias") or parameter.ndim == 1
-    return not vector and not (config.weight_decay_policy == "model" and name in spared)
+    spared_here = config.weight_decay_policy == "model" and name in spared
+    return not _is_vector(name, parameter) and not spared_here
+
+
+def _is_vector(name: str, parameter: Tensor) -> bool:
+    return name.endswith(".bias") or parameter.ndim == 1
 
 
 def set_schedules(

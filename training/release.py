@@ -21,7 +21,10 @@ from clever_zoo.files import write_atomic
 from clever_zoo.golden import GOLDEN_FILENAME, golden_values
 from clever_zoo.records import RESULTS_FILENAME, ROLES, Record, Role
 from clever_zoo.spec import ModelSpec, Provenance
+from training.checkpoint import recipe_difference
+from training.config import load_recipe
 from training.evaluate.inputs import load_encoder
+from training.runs import load_run
 
 MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
 NEIGHBORS = 20.0  # the k of the gate's k-NN
@@ -53,7 +56,7 @@ def gate_problems(record: Record) -> list[str]:
         if not rotated >= floor
     ]
     clean = _knn(record, "model", "invariant", "ori")
-    if training["device"] != "cpu" and clean <= _knn(record, "pixels", "full", "ori"):
+    if training["device"] != "cpu" and not clean > _knn(record, "pixels", "full", "ori"):
         problems.append(f"clean k-NN {clean:.2f} is not above raw pixels")
     baseline = networks["baseline"].training
     for key in ("seed", "epochs", "steps", "images_seen"):
@@ -80,11 +83,13 @@ def release(run: Path, record: Record, folder: Path) -> ModelSpec:
 
     Raises:
         CheckpointError: If the run cannot be read.
-        DataError: If it does not pass the gate or the record is not of it.
+        RecipeError: If its recipe is none of the bundled ones.
+        DataError: If it does not pass the gate, the record is not of it, or its recipe is not
+            the bundled one of its name to the last value.
     """
     encoder, training = load_encoder(run)
     weights = encoder.spec.weights
-    problems = gate_problems(record)
+    problems = gate_problems(record) + _recipe_changes(run)
     measured = record.network("model")
     if measured is None or weights is None or measured.sha256 != weights.sha256:
         problems.append("the record is of other weights than the run's; evaluate it again")
@@ -105,6 +110,14 @@ def release(run: Path, record: Record, folder: Path) -> ModelSpec:
     record.write(folder / RESULTS_FILENAME)
     write_atomic(folder / "README.md", render_card(saved, record).encode())
     return saved
+
+
+def _recipe_changes(run: Path) -> list[str]:
+    """Values laid over the recipe on the command line: its name alone would not make the run."""
+    recipe, _, _ = load_run(run)
+    bundled = load_recipe(recipe.name)
+    changes = recipe_difference(*(r.model_dump(mode="json") for r in (recipe, bundled)))
+    return [f"it was trained with other values than the bundled recipe: {c}" for c in changes]
 
 
 def main(

@@ -120,10 +120,6 @@ class ViewParameters:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return ViewParameters(**{k: None if v is None else change(v) for k, v in values.items()})
 
-    def to(self, device: torch.device | str) -> "ViewParameters":
-        """The same parameters on another device."""
-        return self._map(lambda value: value.to(device, non_blocking=True))
-
     def rows(self, start: int, stop: int) -> "ViewParameters":
         """The parameters of the images `start` to `stop`, exclusive."""
         chosen = replace(self, noise=None)._map(lambda value: value[start:stop])
@@ -342,11 +338,11 @@ class Views(NamedTuple):
     """The views of a batch: normalised pixels and what was done to make them.
 
     `pixels`: one (B, 3, size, size) tensor per view, global ones first. `parameters`: one per
-    view, on the training device.
+    view, on the CPU.
     """
 
     pixels: list[Tensor]
-    parameters: list[ViewParameters]  # on the CPU
+    parameters: list[ViewParameters]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from clever_zoo.spec import PreprocessSpec
 from training import pretrain, release
 from training.checkpoint import CHECKPOINT
 from training.config import DataConfig, load_recipe
-from training.data import TrainImages, list_images, load_fashion_mnist, load_train_images
+from training.data import ImageSet, TrainImages, list_images, load_fashion_mnist, load_train_images
 from training.evaluate import __main__ as evaluate
 from training.evaluate.inputs import (
     EvaluationImages,
@@ -40,6 +40,7 @@ from training.evaluate.perturb import (
     draw_jitter,
     perturb,
 )
+from training.evaluate.suite import task_texts
 from training.runs import load_run
 
 MINIATURE = ["epochs=1", "batch_size=16", "method.prototypes=64", "method.hidden_dim=64"]
@@ -125,6 +126,27 @@ def test_evaluation_sees_what_the_released_encoder_sees(fashion_mnist_folder: Pa
     four = features_of(vit, 4)(seen)
     assert four.shape == (1, 4 * 192)
     np.testing.assert_allclose(four[:, -192:].numpy(), expected, atol=1e-5)
+
+
+def test_images_stored_class_by_class_are_shuffled() -> None:
+    images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(-1, -1, 32, 32)
+    labels = torch.arange(60) // 20
+    spec = PreprocessSpec(input_size_px=32, crop_pct=1.0)
+    seen = EvaluationImages(ImageSet(images, labels, ("a", "b", "c")), spec, "train")
+    assert seen.shuffled
+    assert sorted(seen.order) == list(range(60))
+    assert set(seen.labels[:20].tolist()) == {0, 1, 2}
+    values = torch.cat([pixels[:, 0, 0, 0] for pixels, _ in seen.batches()])
+    assert values.tolist() == seen.order.tolist()
+    assert torch.equal(values.long() // 20, seen.labels)
+    assert EvaluationImages(
+        ImageSet(images, labels.flip(0), ("a", "b", "c")), spec, "train"
+    ).shuffled
+    mixed = EvaluationImages(ImageSet(images, labels.roll(5), ("a", "b", "c")), spec, "train")
+    assert not mixed.shuffled
+    assert mixed.order.tolist() == list(range(60))
+    assert "shuffled" in task_texts(shuffled=True)["angle"]
+    assert "shuffled" not in task_texts()["angle"]
 
 
 def test_parts_of_four_blocks() -> None:
@@ -348,6 +370,7 @@ def finished(runs: Path, record: Record, monkeypatch: pytest.MonkeyPatch) -> Rec
     encoder, facts = load_encoder(runs / "clever-resnet18.fmnist")
     facts |= {"finished": True, "commit": "0123456789" * 4}
     monkeypatch.setattr(release, "load_encoder", lambda _: (encoder, facts))
+    monkeypatch.setattr(release, "load_recipe", lambda name: load_recipe(name, MINIATURE))
     for role in ("model", "baseline"):
         record = with_training(record, role, **facts)
     record = with_row(record, "model", "invariant", "cj_r", 60.0)
@@ -372,8 +395,9 @@ def test_a_network_of_the_papers_terms_stands_beside_a_model_with_more(
 
 
 def test_an_unfinished_run_is_not_released(runs: Path, record: Record, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="stopped after 3 steps"):
+    with pytest.raises(DataError, match="stopped after 3 steps") as caught:
         release.release(runs / "clever-resnet18.fmnist", record, tmp_path)
+    assert "other values than the bundled recipe: batch_size: checkpoint" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -388,6 +412,12 @@ def test_the_gate(finished: Record) -> None:
     assert len(release.gate_problems(worse)) == 5
     unmeasured = finished.model_copy(update={"results": ()})
     assert "k-NN nan is not" in release.gate_problems(unmeasured)[0]
+    name = finished.network("model").name
+    clean = finished.find(name, "knn", "top1", "invariant", at=20.0)
+    rows = tuple(row for row in finished.results if row != clean)
+    unmeasured = with_training(finished, "model", device="cuda")
+    unmeasured = unmeasured.model_copy(update={"results": rows})
+    assert release.gate_problems(unmeasured) == ["clean k-NN nan is not above raw pixels"]
     alone = finished.model_copy(update={"networks": finished.networks[:1]})
     assert "no baseline, no untrained, no pixels" in release.gate_problems(alone)[0]
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from clever_zoo.errors import RecipeError
 from tests.training.test_pretrain import SMALL, TWO_VIEWS, VIT
 from training.config import Recipe, parse_recipe
 from training.methods import METHODS
@@ -131,6 +132,44 @@ def test_head_balance_is_the_mean_over_pairs_of_heads() -> None:
     expected = np.mean([abs(a - b) for a, b in zip(*norms, strict=True)])
     assert len(norms[0]) == 2
     assert float(balance) == pytest.approx(expected, rel=1e-5)
+
+
+def test_vicregs_variance_is_a_term_of_its_own() -> None:
+    section = {"name": "vicreg", "hidden_dim": 32, "output_dim": 16}
+    terms = []
+    for extra, clever in (
+        ({}, {}),
+        ({"equivariant_variance_weight": 2.0}, {}),
+        ({"equivariant_variance_weight": 2.0}, {"orthogonality_weight": 0.0}),
+    ):
+        content = SMALL | {"method": section | extra, "clever": clever}
+        content["views"] = content["views"] | {"local_views": 0}
+        method = Objective(parse_recipe(content, "test")).method
+        features = torch.randn(2, 8, 512, generator=torch.Generator().manual_seed(0))
+        terms.append(method.loss_terms(features, features, 0))
+    plain, weighted, alone = terms
+    assert "equivariant_variance" not in plain
+    assert torch.equal(plain["orthogonality"], weighted["orthogonality"])
+    assert torch.equal(weighted["equivariant_variance"], alone["equivariant_variance"])
+    assert weighted["equivariant_variance"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": {"equivariant_center": False}}, "equivariant_center is False"),
+        ({"method": {"name": "vicreg", "equivariant_variance_weight": 1.0}}, "equivariant half"),
+        ({"optimizer": {"fixed_predictor_lr": True}}, "dino has no predictor"),
+    ],
+)
+def test_options_that_change_nothing_are_refused(changes, message: str) -> None:
+    content = {key: value for key, value in SMALL.items() if key != "clever"}
+    for key, values in changes.items():
+        content = content | {key: content.get(key, {}) | values}
+    if "name" in changes.get("method", {}):
+        content |= {"method": changes["method"], "views": content["views"] | {"local_views": 0}}
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(content, "test")
 
 
 def test_the_equivariant_center_can_be_left_out() -> None:

@@ -801,3 +801,20 @@ def test_every_recipe_smoke_runs_two_steps(tmp_path: Path, name: str) -> None:
     assert progress["step"] == progress["steps"] == 2
     assert all(np.isfinite(line["loss"]) for line in log_lines(tmp_path))
     assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lars_adapts_matrices_and_no_vectors(decay: float) -> None:
+    config = recipe(optimizer={"name": "lars", "warmup_epochs": 0}).optimizer
+    layer = nn.Linear(3, 2)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    optimizer = build_optimizer(config, [layer])
+    for group in optimizer.param_groups:
+        group |= {"lr": 1.0, "weight_decay": decay if group["decays"] else 0.0}
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    weight = before["weight"]
+    trust = 0.001 * weight.norm() / (6**0.5 + decay * weight.norm())
+    torch.testing.assert_close(layer.weight, weight - trust * (1 + decay * weight))
+    torch.testing.assert_close(layer.bias, before["bias"] - 1)

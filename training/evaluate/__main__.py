@@ -105,7 +105,7 @@ def evaluate(
         raw_pixels(train),
     ]
     chosen = [s for s in subjects if s.network.role in roles]
-    texts = task_texts(reference_epochs, seed)
+    texts = task_texts(reference_epochs, seed, shuffled=train.shuffled or test.shuffled)
     for number, s in enumerate(chosen, 1):
         results = evaluate_subject(
             s,

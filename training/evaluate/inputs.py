@@ -36,7 +36,7 @@ PIXELS_SIZE_PX = 32  # larger pictures would give the raw-pixel control 150,000 
 _CACHED_BYTES = 4 << 30
 
 Features = Callable[[Tensor], Tensor]  # (B, 3, s, s) float 0..255 -> (B, D)
-# Pixels as above and the index of each image (B,) -> other such pixels.
+# Pixels as above and the place of each image (B,) -> other such pixels.
 Change = Callable[[Tensor, NDArray[np.int64]], Tensor]
 
 
@@ -131,6 +131,10 @@ class EvaluationImages:
     """One split through the evaluation transform: short side resized, centre cut.
 
     Squares are kept as bytes where they fit into 4 GB, else made anew at each pass.
+
+    Attributes:
+        order: Index in the data set of each image, (N,). Images that are stored class by class
+            are shuffled (seed 0), so that the first few thousand are of all classes.
     """
 
     def __init__(self, data: ImageSet | ImageSource, spec: PreprocessSpec, split: str) -> None:
@@ -143,6 +147,9 @@ class EvaluationImages:
             split: Its name, for messages.
         """
         self.data, self.spec, self.split = data, spec, split
+        self.order = np.arange(len(data))
+        if self.shuffled:
+            np.random.default_rng(0).shuffle(self.order)
         self._kept: dict[Interpolation, Tensor] = {}
 
     def __len__(self) -> int:
@@ -151,7 +158,13 @@ class EvaluationImages:
     @property
     def labels(self) -> Tensor:
         """Classes (N,) int64."""
-        return self.data.labels
+        return self.data.labels[torch.from_numpy(self.order)]
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether the data set is stored class by class."""
+        changes = int(self.data.labels.diff().count_nonzero())
+        return 0 < changes < len(self.data.labels.unique())
 
     def prepare(self, interpolation: Interpolation) -> None:
         """Make the squares that `pixels` will be asked for, if they can be kept."""
@@ -186,14 +199,14 @@ class EvaluationImages:
 
     def _whole(self, index: int) -> NDArray[np.uint8]:
         if isinstance(self.data, ImageSet):
-            image = self.data.images[index].expand(3, -1, -1)
+            image = self.data.images[self.order[index]].expand(3, -1, -1)
             return image.permute(1, 2, 0).contiguous().numpy()
-        return self.data.read(index)
+        return self.data.read(int(self.order[index]))
 
     def batches(
         self, interpolation: Interpolation = "bicubic", *, limit: int | None = None
     ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-        """Pixels (B, 3, size, size) as in `pixels` and the index of each image (B,)."""
+        """Pixels (B, 3, size, size) as in `pixels` and the place of each image in `order` (B,)."""
         count = min(len(self), limit or len(self))
         for start in range(0, count, BATCH_SIZE):
             stop = min(start + BATCH_SIZE, count)
@@ -294,7 +307,7 @@ def embed_changed(
     for pixels, samples in images.batches(interpolation, limit=limit):
         batch = features(change(pixels, samples))
         if not batch.isfinite().all():
-            first = samples[int((~batch.isfinite()).any(1).nonzero()[0])]
+            first = images.order[samples[int((~batch.isfinite()).any(1).nonzero()[0])]]
             raise NonFiniteError(
                 f"the features of {images.split} image {first} ({name}) are not finite; "
                 "the weights or the image are broken, so nothing is evaluated"

@@ -213,7 +213,8 @@ def reproduce_table(records: Iterable[Record]) -> str:
                 t["commit"][:7],
             ]
         )
-    return markdown_table(cells, texts=1)
+    notes = [f"- `{t['recipe']}`: {t['note']}." for t in trained.values() if "note" in t]
+    return "\n".join([markdown_table(cells, texts=1), *(["", *notes] if notes else [])])
 
 
 def finetune_lines(root: Path = CHECKOUT) -> str:

@@ -39,9 +39,18 @@ LINEAR_PERTURBATIONS = tuple(name for name, p in PERTURBATIONS.items() if not p.
 BILINEAR_PERTURBATIONS = ("ori", "cj_r")  # where the gap between the interpolations is measured
 
 
-def task_texts(reference_epochs: int = 100, seed: int = 0) -> dict[str, str]:
-    """What each task of a record is; a task whose text changed is another task."""
+def task_texts(
+    reference_epochs: int = 100, seed: int = 0, *, shuffled: bool = False
+) -> dict[str, str]:
+    """What each task of a record is; a task whose text changed is another task.
+
+    Args:
+        reference_epochs: Of the task "linear_reference".
+        seed: Of the recipe.
+        shuffled: Whether the images are stored class by class; see `EvaluationImages.order`.
+    """
     shortened = "" if reference_epochs == 100 else ", shortened"
+    order = "; images stored class by class are shuffled first (seed 0)" if shuffled else ""
     return {
         "knn": (
             f"weighted k-NN, cosine, votes exp(similarity / {TEMPERATURE}); gallery: all training "
@@ -58,7 +67,7 @@ def task_texts(reference_epochs: int = 100, seed: int = 0) -> dict[str, str]:
             "bilinearly and scored "
             "with the last epoch's probe; 'best' is the best epoch, chosen on the test images"
         ),
-        **equivariance.TASKS,
+        **{name: text + order for name, text in equivariance.TASKS.items()},
         **{name: settings_text(_finetune_config(name)) for name in FINETUNES},
     }
 

@@ -32,6 +32,7 @@ class Method(nn.Module):
 
     Attributes:
         has_teacher: Whether the targets come from an average of past students.
+        has_predictor: Whether the online side has a predictor after its projector.
         multi_crop: Whether more than two views can be used.
         couples_batch: Whether the loss compares the images of a batch with each other, so that
             the parts of a batch cannot be taken one after the other.
@@ -39,6 +40,7 @@ class Method(nn.Module):
     """
 
     has_teacher: ClassVar[bool]
+    has_predictor: ClassVar[bool] = False
     multi_crop: ClassVar[bool] = False
     couples_batch: ClassVar[bool] = False
     reduction: ClassVar[Reduction] = "mean_abs"
@@ -56,6 +58,10 @@ class Method(nn.Module):
     ) -> Tensor:
         """CLeVER's term when this method's heads sit on the equivariant half, a scalar."""
         raise NotImplementedError
+
+    def equivariant_terms(self, projections: Projections) -> dict[str, Tensor]:
+        """Further weighted terms by name where this method's heads sit on the equivariant half."""
+        return {}
 
     def trained_heads(self) -> list[nn.Module]:
         """The modules whose norms CLeVER balances between the halves, in a fixed order."""

@@ -28,6 +28,7 @@ class Byol(EmbeddingMethod):
     """Projector and predictor of two layers each, on features of width `in_dim`."""
 
     has_teacher = True
+    has_predictor = True
 
     def __init__(self, in_dim: int, section: ByolSection) -> None:
         hidden, width = section.hidden_dim, section.output_dim

@@ -31,6 +31,7 @@ class MoCoV3(EmbeddingMethod):
     """Projector and predictor that end in a batch-norm, on features of width `in_dim`."""
 
     has_teacher = True
+    has_predictor = True
     couples_batch = True
 
     def __init__(self, in_dim: int, section: MoCoV3Section) -> None:

@@ -29,6 +29,7 @@ class SimSiam(EmbeddingMethod):
     """Projector of three layers, predictor of two, on features of width `in_dim`."""
 
     has_teacher = False
+    has_predictor = True
 
     def __init__(self, in_dim: int, section: SimSiamSection) -> None:
         hidden, width = section.hidden_dim, section.output_dim

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from training.heads import perceptron
-from training.losses import Reduction, variance_term, vicreg_loss
+from training.losses import variance_term, vicreg_loss
 from training.methods.base import EmbeddingMethod, Projections
 from training.schema import Section
 
@@ -51,10 +51,9 @@ class VicReg(EmbeddingMethod):
             covariance_weight=s.covariance_weight,
         )
 
-    def orthogonality(
-        self, projections: Projections, epoch: int, reduction: Reduction | None
-    ) -> Tensor:
-        """As for the other methods, plus the variance term if it has a weight."""
-        cosines = super().orthogonality(projections, epoch, reduction)
+    def equivariant_terms(self, projections: Projections) -> dict[str, Tensor]:
+        """The variance term, if it has a weight."""
         weight = self.section.equivariant_variance_weight
-        return cosines + weight * variance_term(projections.online) if weight else cosines
+        if not weight:
+            return {}
+        return {"equivariant_variance": weight * variance_term(projections.online)}
