@@ -10,7 +10,7 @@ import operator
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,8 @@ from clever_zoo.ahead import map_ahead, usable_cores
 from clever_zoo.bulk_output import output_writer
 from clever_zoo.bulk_parts import Chunk, Part, PartFolder
 from clever_zoo.embedder import ImageEmbedder, Progress
-from clever_zoo.embedding import join_batches
-from clever_zoo.errors import DataError, ImageError
+from clever_zoo.embedding import NOT_FINITE, Embedding, finite_rows, join_batches
+from clever_zoo.errors import DataError, ImageError, check_choice
 from clever_zoo.files import replacing
 from clever_zoo.preprocess import (
     IMAGE_SUFFIXES,
@@ -161,8 +161,9 @@ def embed_files(
         out: Target; appears in one step when all is done.
         batch_size: Images per forward pass.
         threads: Threads that load images ahead; None for one per core (one per Ray worker).
-        on_error: "skip" lists unreadable images beside the output in NAME.errors.jsonl;
-            "raise" stops at the first.
+        on_error: "skip" lists unreadable images, and those with values that are not finite,
+            beside the output in NAME.errors.jsonl (out.parquet.errors.jsonl); "raise" stops at
+            the first.
         decoder: "fast" reads JPEG files 1.5 times as fast, with pixels up to 1 of 255 away, rarely
             2; see `clever_zoo.fast_pixels`.
         resume: Go on from the parts of an interrupted run. Its paths, model and batch size
@@ -173,6 +174,7 @@ def embed_files(
 
     Raises:
         ImageError: With on_error="raise".
+        SpecError: For another `on_error` or `decoder`.
         DataError: If `out` has another suffix or is a folder, another run is writing it, or the
             interrupted run was another.
         BackendMissingError: If pyarrow is missing for Parquet, or simplejpeg or torch for the
@@ -180,6 +182,8 @@ def embed_files(
         ShapeError: If `batch_size` is under 1.
     """
     check_batch_size(batch_size)
+    check_choice("on_error", on_error, get_args(OnError))
+    check_choice("decoder", decoder, get_args(Decoder))
     write = output_writer(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = _metadata(encoder, decoder)
@@ -246,7 +250,7 @@ def _metadata(encoder: ImageEmbedder, decoder: Decoder) -> dict[str, str]:
 
 
 def _write_errors(folder: PartFolder, count: int, out: Path) -> tuple[int, Path | None]:
-    path = out.with_suffix(".errors.jsonl")
+    path = out.with_name(f"{out.name}.errors.jsonl")
     errors = folder.errors(count)
     first = next(errors, None)
     if first is None:
@@ -309,14 +313,29 @@ def embed_chunks(
     for chunk, files in itertools.groupby(loaded, key=operator.attrgetter("chunk")):
         paths, errors, batches = [], [], []
         for batch in batched(files, batch_size):
-            paths += [item.path for item in batch if item.pixels is not None]
-            errors += [item.error for item in batch if item.error is not None]
             pixels = [item.pixels for item in batch if item.pixels is not None]
+            usable: Iterator[np.bool_] = iter(())
             if pixels:
-                batches.append(encoder.embed_pixels(np.stack(pixels)))
+                rows = encoder.embed_pixels(np.stack(pixels))
+                finite = finite_rows(rows)
+                batches.append(Embedding(*(half[finite] for half in rows)))
+                usable = iter(finite)
+            for item in batch:
+                if item.error is None and next(usable):
+                    paths.append(item.path)
+                else:
+                    errors.append(item.error or _not_finite(item, options))
             on_progress(len(batch))
         embedding = join_batches(batches, spec.invariant_dim, spec.equivariant_dim)
         yield chunk.number, Part.of(paths, embedding, errors).pack(chunk)
+
+
+def _not_finite(item: _Loaded, options: Options) -> ImageError:
+    index = item.chunk.first + item.chunk.paths.index(item.path)
+    error = ImageError(item.path, index, NOT_FINITE)
+    if options.on_error == "raise":
+        raise error
+    return error
 
 
 def _check_name(path: str, index: int) -> None:

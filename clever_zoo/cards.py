@@ -7,6 +7,7 @@ from clever_zoo.embedding import Part
 from clever_zoo.errors import SpecError
 from clever_zoo.hub import LIBRARY_NAME
 from clever_zoo.records import PARTS, ROLES, Interpolation, Network, Record, Result, Role
+from clever_zoo.registry import timm_name
 from clever_zoo.spec import ModelSpec
 
 
@@ -427,7 +428,7 @@ embedding.invariant, embedding.equivariant  # (1, {spec.invariant_dim}), (1, {sp
 
 timm (`local-dir:`, `hf-hub:`) and transformers (`AutoModel`) load the same folder and return the
 full features; cut them at {spec.invariant_dim}. After `import clever_zoo.timm` timm knows the model
-as `{spec.name.replace("-", "_")}`.
+as `{timm_name(spec.name)}`.
 
 ## Input
 Upright 8-bit RGB. The short side is resized to {p.resize_px} pixels (bicubic, antialiased), the

@@ -404,7 +404,7 @@ def export(
         fail(error)
     figure = "greatest relative difference" if report.info.precision == "fp32" else "least cosine"
     if served is not None:
-        typer.echo(f"{output}: {' and '.join(served)} for Triton; README.md there says how")
+        typer.echo(f"{output}: {' and '.join(served)} for Triton; {served[0]}/README.md says how")
     typer.echo(f"{output}: {report.size_bytes / 1e6:.1f} MB, sha256 {report.sha256}")
     for name, value in report.parity.items():
         shown = f"{value:.1e}" if report.info.precision == "fp32" else f"{value:.5f}"

@@ -8,6 +8,7 @@ import html
 from pathlib import Path
 from typing import Annotated
 
+import matplotlib as mpl
 import numpy as np
 import pyarrow.parquet as pq
 import typer
@@ -20,7 +21,8 @@ from clever_zoo.cli import fail
 from clever_zoo.embedding import Embedding, unit_rows
 from clever_zoo.encoder import Encoder, from_pretrained
 from clever_zoo.errors import CleverZooError
-from clever_zoo.figures import data_uri, figure_tag
+from clever_zoo.figures import GREY, STYLE, data_uri, figure_tag, html_page
+from clever_zoo.files import write_atomic
 from clever_zoo.samples import sample_class, sample_paths
 
 Vectors = NDArray[np.float32]
@@ -99,7 +101,7 @@ def draw_curves(curves: dict[str, Vectors], others: dict[str, float]) -> Figure:
         (line,) = axes.plot(CURVE_ANGLES, values.mean(1), marker="o", markersize=3, label=name)
         axes.axhline(others[name], linestyle="--", color=line.get_color())
         axes.fill_between(CURVE_ANGLES, low, high, alpha=0.2)
-    axes.axvspan(-90, 90, color="0.94", zorder=-1, label="angles of the training views")
+    axes.axvspan(-90, 90, color=GREY, alpha=0.15, zorder=-1, label="angles of the training views")
     axes.set(xlabel="rotation (degrees)", ylabel="cosine to the upright picture")
     axes.set_xticks(range(-180, 181, 45))
     axes.legend(frameon=False)
@@ -157,27 +159,13 @@ def neighbor_rows(
             cells.append(f"<td>{pictures}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     heads = "".join(f"<th>{name}</th>" for name in ("rotated query", *rankings))
-    return f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
+    return f'<div class="wide"><table><tr>{heads}</tr>{"".join(rows)}</table></div>'
 
 
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>clever-zoo demo</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto }}
-table {{ border-collapse: collapse }} td, th {{ padding: .3rem .6rem; text-align: left }}
-tr + tr {{ border-top: 1px solid #ddd }}
-td img {{ width: 44px; image-rendering: pixelated; margin: 1px; border: 3px solid transparent }}
-img.hit {{ border-color: #2a9d4b }} img.miss {{ border-color: #d0433a }}
-figure {{ margin: 1rem 0 }} figure img {{ max-width: 100% }} figcaption {{ color: #555 }}
-</style>
-<h1>Two halves of {count} pictures</h1>
-<p>Model <b>{model}</b>, weights sha256 <code>{digest}</code>.</p>
-<ul>{headlines}</ul>
-<h2>Nearest neighbours of rotated queries</h2>
-<p>Green: same class; red: another. The query's own original is left out.</p>
-{neighbors}
-<h2>Similarity against rotation</h2>{curves}
-<h2>Both halves in two dimensions</h2>{projection}
-</html>"""
+_STYLE = """<style>
+td img { width: 44px; image-rendering: pixelated; margin: 1px; border: 3px solid transparent }
+img.hit { border-color: var(--good) } img.miss { border-color: var(--bad) }
+</style>"""
 
 
 def run_demo(out: Path, model: str) -> list[str]:
@@ -214,24 +202,34 @@ def run_demo(out: Path, model: str) -> list[str]:
             for name, value in at_90.items()
         ),
     ]
-    page = _PAGE.format(
-        count=2 * count,
-        model=encoder.spec.name,
-        digest=encoder.spec.weights.sha256 if encoder.spec.weights else "",
-        headlines="".join(f"<li>{html.escape(line)}</li>" for line in headlines),
-        neighbors=neighbor_rows(queries, originals, rankings),
-        curves=figure_tag(
+    digest = encoder.spec.weights.sha256 if encoder.spec.weights else ""
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in headlines)
+    about = f"<p>Model <b>{encoder.spec.name}</b>, weights sha256 <code>{digest}</code>.</p>"
+    legend = "<p>Green: same class; red: another. The query's own original is left out.</p>"
+    with mpl.rc_context(STYLE):
+        curve_figure = figure_tag(
             draw_curves(curves, others),
             f"Mean and middle half of {CURVE_PICTURES} pictures; dashed: two different pictures.",
-        ),
-        projection=figure_tag(
+            transparent=True,
+        )
+        projection = figure_tag(
             draw_projection(
                 embedding, np.concatenate([classes, classes]), np.array([0.0] * count + angles)
             ),
             "Principal components of the normalised halves; upright and rotated pictures.",
+            transparent=True,
+        )
+    sections = [
+        (
+            "Nearest neighbours of rotated queries",
+            legend + neighbor_rows(queries, originals, rankings),
         ),
-    )
-    (out / "report.html").write_text(page, encoding="utf-8")
+        ("Similarity against rotation", curve_figure),
+        ("Both halves in two dimensions", projection),
+    ]
+    title = f"Two halves of {2 * count} pictures"
+    page = html_page(title, sections, lead=f"{_STYLE}{about}<ul>{items}</ul>")
+    write_atomic(out / "report.html", page.encode())
     return headlines
 
 

@@ -19,11 +19,14 @@ class ImageEmbedder(ABC):
 
     Attributes:
         spec: The frozen description of the model.
-        precision: Of weights and arithmetic: "fp32", "fp16" or "int8".
     """
 
     spec: ModelSpec
-    precision: str = "fp32"
+
+    @property
+    def precision(self) -> str:
+        """Type of the weights and of the arithmetic, such as "fp32" or "int8"."""
+        return "fp32"
 
     @abstractmethod
     def embed_pixels(self, pixels: NDArray[np.uint8]) -> Embedding[NDArray[np.float32]]:

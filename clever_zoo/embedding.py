@@ -10,6 +10,7 @@ from clever_zoo.errors import ShapeError
 
 Array = TypeVar("Array")
 Part = Literal["full", "invariant", "equivariant"]  # the attributes of an Embedding
+NOT_FINITE = "the network gives it values that are not finite; run it in fp32, or verify the model"
 
 
 class Embedding(NamedTuple, Generic[Array]):
@@ -61,6 +62,11 @@ def unit_rows(x: Array) -> Array:
     """Rows scaled to unit length, (..., D); zero rows stay zero."""
     # Clipped under the root, where a zero row still has a gradient.
     return x / (x * x).sum(-1, keepdims=True).clip(min=1e-24) ** 0.5  # type: ignore[operator]
+
+
+def finite_rows(embedding: Embedding[NDArray[np.float32]]) -> NDArray[np.bool_]:
+    """Whether all values of an image are finite, (B,)."""
+    return np.asarray(np.isfinite(embedding.full).all(axis=1), dtype=np.bool_)
 
 
 def join_batches(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from clever_zoo.errors import (
     IntegrityError,
     NonFiniteError,
     ShapeError,
+    check_choice,
 )
 from clever_zoo.files import remove_derived, write_atomic
 from clever_zoo.hub import HubOptions
@@ -47,6 +48,8 @@ except ImportError as error:
     ) from error
 
 StorageType = Literal["float32", "float16"]
+CHANGED_SUFFIX = "-changed"
+_PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class Encoder(nn.Module, ImageEmbedder, PushToHub):
@@ -119,7 +122,7 @@ class Encoder(nn.Module, ImageEmbedder, PushToHub):
         return [torch.cat([prefix, patches], dim=1) for patches, prefix in pairs]
 
     def preprocess(self, images: Iterable[ImageInput]) -> Tensor:
-        """Load images as `forward` wants them: (B, 3, size, size) on the encoder's device.
+        """Load images as `forward` wants them: (B, 3, size, size), device and type the encoder's.
 
         Raises:
             ImageError: For a bad image, with its source and index.
@@ -151,8 +154,14 @@ class Encoder(nn.Module, ImageEmbedder, PushToHub):
         return {"sha256": current_weights(self.stored_module(), self.spec.weights).sha256}
 
     def _to_tensor(self, pixels: NDArray[np.uint8]) -> Tensor:
-        device = next(self.parameters()).device
-        return torch.from_numpy(normalize_pixels(pixels, self.spec.preprocess)).to(device)
+        return torch.from_numpy(normalize_pixels(pixels, self.spec.preprocess)).to(
+            next(self.parameters())
+        )
+
+    @property
+    def precision(self) -> str:
+        """Type of the weights and of the arithmetic: "fp32", "fp16" or "bf16"."""
+        return _PRECISIONS.get(next(self.parameters()).dtype, "other")
 
     def stored_module(self) -> nn.Module:
         """The module whose state `save_pretrained` writes, under timm's names."""
@@ -160,6 +169,9 @@ class Encoder(nn.Module, ImageEmbedder, PushToHub):
 
     def save_pretrained(self, folder: str | Path, *, dtype: StorageType = "float32") -> ModelSpec:
         """Write config.json and model.safetensors; timm and transformers read the folder too.
+
+        Weights that are no longer the released ones lose that name and provenance, see
+        `current_spec`.
 
         Args:
             folder: Created if missing; existing files of these names are replaced, and what was
@@ -171,11 +183,14 @@ class Encoder(nn.Module, ImageEmbedder, PushToHub):
             The spec with the size and digest of the written file.
 
         Raises:
+            SpecError: For another storage type.
             NonFiniteError: If a value does not fit the storage type.
         """
+        check_choice("dtype", dtype, get_args(StorageType))
         content = pack_weights(self.stored_module(), dtype)
         weights = WeightFile.of(content)
-        spec = self.spec.model_copy(update={"weights": weights})
+        current = current_spec(self.stored_module(), self.spec)
+        spec = current.model_copy(update={"weights": weights})
         config = json.dumps(spec.to_config(), indent=2) + "\n"
         remove_derived(Path(folder))
         write_atomic(Path(folder) / weights.filename, content)
@@ -367,6 +382,19 @@ def current_weights(module: nn.Module, recorded: WeightFile | None) -> WeightFil
     with contextlib.suppress(NonFiniteError):
         digests.append(WeightFile.of(pack_weights(module, "float16")).sha256)
     return recorded if recorded.sha256 in digests else fresh
+
+
+def current_spec(module: nn.Module, spec: ModelSpec) -> ModelSpec:
+    """A spec as it is true of a module's weights now.
+
+    `weights` is as in `current_weights`. If they changed since a release, the spec no longer
+    claims its provenance, and "-changed" is put to its name.
+    """
+    weights = current_weights(module, spec.weights)
+    changes: dict[str, Any] = {"weights": weights}
+    if spec.provenance is not None and weights != spec.weights:
+        changes |= {"name": spec.name + CHANGED_SUFFIX, "provenance": None}
+    return spec.model_copy(update=changes)
 
 
 def read_weights(module: nn.Module, path: Path) -> None:

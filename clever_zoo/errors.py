@@ -95,6 +95,9 @@ class RecipeError(CleverZooError, ValueError):
         super().__init__(f"{source}: {len(problems)} problem(s){lines}")
         self.source, self.problems = source, tuple(problems)
 
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
+        return type(self), (self.source, self.problems)
+
 
 class RequestError(CleverZooError, ValueError):
     """A request that the service refuses.
@@ -113,3 +116,13 @@ class RequestError(CleverZooError, ValueError):
 
 class SettingError(CleverZooError, ValueError):
     """A setting with which the service would not do what it says, or the Hub's client not start."""
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse an argument that is none of the allowed texts.
+
+    Raises:
+        SpecError: Naming the argument, its value and what is allowed.
+    """
+    if value not in allowed:
+        raise SpecError(f"{name} is {value!r}; use {' or '.join(map(repr, allowed))}")

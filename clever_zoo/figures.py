@@ -4,12 +4,13 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
 # A grey of equal contrast on white and on the dark page's black; figures are transparent.
 GREY = "#777777"
-STYLE = {
+STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), GREY),
     "axes.edgecolor": GREY,
     "axes.spines.top": False,

@@ -34,8 +34,12 @@ class OnnxEncoder(ImageEmbedder):
         if not isinstance(graph.spec, ModelSpec):
             raise SpecError(f"{graph.source} describes a classifier; open it with OnnxClassifier")
         self.spec = graph.spec
-        self.precision = graph.info.precision
         self.graph = graph
+
+    @property
+    def precision(self) -> str:
+        """Type of the weights and of the arithmetic: "fp32", "fp16" or "int8"."""
+        return self.graph.info.precision
 
     @classmethod
     def from_pretrained(

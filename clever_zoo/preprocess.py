@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clever_zoo.ahead import map_ahead
-from clever_zoo.errors import ImageError, ShapeError
+from clever_zoo.errors import ImageError, ShapeError, check_choice
 from clever_zoo.spec import PreprocessSpec
 
 Item = TypeVar("Item")
@@ -263,8 +263,10 @@ def pixel_loader(decoder: Decoder) -> PixelLoader:
     """`image_pixels`, or its faster twin `clever_zoo.fast_pixels.fast_image_pixels`.
 
     Raises:
+        SpecError: For another decoder.
         BackendMissingError: If torch or simplejpeg is missing for "fast".
     """
+    check_choice("decoder", decoder, get_args(Decoder))
     if decoder == "pillow":
         return image_pixels
     from clever_zoo.fast_pixels import fast_image_pixels

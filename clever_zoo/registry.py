@@ -49,6 +49,7 @@ class HubPin(NamedTuple):
 HUB_PINS: dict[str, HubPin] = {}
 
 _MODELS = {spec.name: spec for spec in RELEASED}
+_RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 
 
 def list_models(pattern: str = "*", *, backbone: str | None = None) -> tuple[str, ...]:
@@ -70,6 +71,12 @@ def list_models(pattern: str = "*", *, backbone: str | None = None) -> tuple[str
     )
 
 
+def timm_name(full_name: str) -> str:
+    """The name under which timm knows a model: underscores before the tag."""
+    model, dot, tag = full_name.partition(".")
+    return f"{model.replace('-', '_')}{dot}{tag}"
+
+
 def released(full_name: str) -> ModelSpec | None:
     """The spec of a released model, None if nothing was released under this full name."""
     return _MODELS.get(full_name)
@@ -84,19 +91,30 @@ def model_info(name: str) -> ModelSpec:
     full_name = f"{name}.{DEFAULT_TAGS[name]}" if name in DEFAULT_TAGS else name
     if spec := released(full_name):
         return spec
-    known = re.fullmatch(r"(clever|dino)-([a-z0-9-]+?)(\.[a-z0-9_-]+)?", name)
-    if known and known[2].replace("-", "_") in BACKBONES:
-        recipe = name if known[3] else f"{name}.fmnist"
+    known = re.fullmatch(
+        r"(?:clever-simsiam|clever|dino|simsiam)-([a-z0-9-]+?)(\.[a-z0-9_-]+)?", name
+    )
+    if known and known[1].replace("-", "_") in BACKBONES:
         raise UnknownModelError(
             f"{name!r} has no released weights (released: {', '.join(_MODELS) or 'none'}); "
-            f"train it in a checkout with `python -m training.pretrain {recipe}` "
-            f"(recipe training/recipes/{recipe}.toml), or start from random weights with "
-            f"clever_zoo.create_encoder({known[2].replace('-', '_')!r})"
+            f"{_recipe_hint(name if known[2] else f'{name}.fmnist')}, or start from random "
+            f"weights with clever_zoo.create_encoder({known[1].replace('-', '_')!r})"
         )
     close = difflib.get_close_matches(name, [*_MODELS, *DEFAULT_TAGS], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    local = f"For the local folder write 'local-dir:{name}'. " if Path(name).is_dir() else ""
+    folder = len(name) < 256 and Path(name).is_dir()
+    local = f"For the local folder write 'local-dir:{name}'. " if folder else ""
     raise UnknownModelError(
         f"unknown model {name!r}; {hint}{local}"
         f"Released: {', '.join(_MODELS) or 'none'}. See clever_zoo.list_models()."
+    )
+
+
+def _recipe_hint(recipe: str) -> str:
+    """What to train; outside a checkout it is not known which recipes there are."""
+    if _RECIPES.is_dir() and not (_RECIPES / f"{recipe}.toml").is_file():
+        return f"there is no recipe {recipe!r} either, see training/recipes for those there are"
+    return (
+        f"train it in a checkout with `python -m training.pretrain {recipe}` "
+        f"(recipe training/recipes/{recipe}.toml)"
     )

@@ -2,10 +2,10 @@
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from clever_zoo.embedder import ImageEmbedder
-from clever_zoo.errors import BackendMissingError
+from clever_zoo.errors import BackendMissingError, check_choice
 from clever_zoo.locate import has_onnx
 from clever_zoo.sources import is_onnx_path
 
@@ -34,6 +34,7 @@ def load_encoder(
             set for the whole process.
 
     Raises:
+        SpecError: For another runtime.
         BackendMissingError: If the runtime is not installed or cannot use `device`.
         CleverZooError: If the model cannot be found or loaded; see `from_pretrained`.
     """
@@ -41,15 +42,15 @@ def load_encoder(
         from clever_zoo.onnx_encoder import OnnxEncoder
 
         return OnnxEncoder(open_graph(source, device=device, threads=threads))
-    try:
-        import torch
-
-        from clever_zoo.encoder import from_pretrained
-    except ImportError as error:
+    if importlib.util.find_spec("torch") is None:
         raise BackendMissingError(
             f"{source} has to run in torch, which is not installed: "
             'pip install "clever-zoo[torch]", or pass an .onnx file to ONNX Runtime'
-        ) from error
+        )
+    import torch
+
+    from clever_zoo.encoder import from_pretrained
+
     encoder = from_pretrained(source, device=device)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -58,6 +59,7 @@ def load_encoder(
 
 def choose_runtime(source: str | Path, runtime: Runtime) -> Literal["onnx", "torch"]:
     """What "auto" stands for; see `load_encoder`."""
+    check_choice("runtime", runtime, get_args(Runtime))
     if runtime != "auto":
         return runtime
     if is_onnx_path(source):

@@ -18,7 +18,7 @@ from clever_zoo.backbones import BACKBONES
 from clever_zoo.errors import BackendMissingError
 from clever_zoo.hub import HubOptions
 from clever_zoo.locate import locate_model
-from clever_zoo.registry import DEFAULT_TAGS, RELEASED, model_info, released
+from clever_zoo.registry import DEFAULT_TAGS, RELEASED, model_info, released, timm_name
 from clever_zoo.spec import ModelSpec
 
 try:
@@ -46,7 +46,7 @@ def _described_models() -> dict[str, dict[str, Any] | PretrainedCfg]:
         mark = "*" if DEFAULT_TAGS.get(model) == tag else ""
         # timm lists as pretrained what has a source; `_with_weights` finds the file behind it.
         config = spec.to_config()["pretrained_cfg"] | {"url": spec.name}
-        described[f"{model.replace('-', '_')}.{tag}{mark}"] = config
+        described[timm_name(spec.name) + mark] = config
     models = {name.partition(".")[0] for name in described}
     for backbone, info in BACKBONES.items():
         if f"clever_{backbone}" not in models:

@@ -76,10 +76,33 @@ def _check_registry(spec: ModelSpec, folder: Path) -> Check:
     registered = released(spec.name)
     if registered is None:
         return Check("skipped", "registry", f"{spec.name} is no released model")
+    if _is_stored_otherwise(spec):
+        check = functools.partial(_verified_copy, registered, spec, folder)
+        return _in_runtime("torch", check, "registry")
     if registered != spec:
         problem = f"{folder / CONFIG_FILENAME} is not what this release records of {spec.name}"
         return Check("FAILED", "registry", problem)
     return Check("ok", "registry", f"{CONFIG_FILENAME} is as this release records it")
+
+
+def _is_stored_otherwise(spec: ModelSpec) -> bool:
+    """Whether it is a released model but for its weights file, as `save_pretrained` writes it."""
+    registered = released(spec.name)
+    return registered not in (None, spec) and registered == spec.model_copy(
+        update={"weights": registered.weights}
+    )
+
+
+def _verified_copy(registered: ModelSpec, spec: ModelSpec, folder: Path) -> str:
+    from clever_zoo.encoder import Encoder, current_weights
+
+    encoder = Encoder.load(spec, folder / spec.weights_file(folder).filename)
+    if current_weights(encoder.backbone, registered.weights) != registered.weights:
+        raise IntegrityError(
+            f"{folder / CONFIG_FILENAME} says {spec.name}, but these are other weights than this "
+            "release records of it; save them under another name, or load the released ones"
+        )
+    return "the released weights, stored in another type"
 
 
 def _verified_weights(spec: ModelSpec, folder: Path) -> str:
@@ -114,16 +137,17 @@ def _check_values(spec: ModelSpec | ClassifierSpec, folder: Path) -> Iterator[Ch
         yield Check("skipped", "values", "none are recorded of a classifier")
         return
     if not (folder / GOLDEN_FILENAME).is_file():
-        verdict: Verdict = "FAILED" if released(spec.name) else "skipped"
+        missing = released(spec.name) is not None and not _is_stored_otherwise(spec)
+        verdict: Verdict = "FAILED" if missing else "skipped"
         yield Check(verdict, "values", f"the folder has no {GOLDEN_FILENAME}")
         return
-    yield _in_runtime("torch", lambda: _difference(check_golden(folder)))
+    yield _in_runtime("torch", lambda: _difference(check_golden(folder)), "values in torch")
     if (folder / ONNX_FILENAME).is_file():
-        yield _in_runtime("onnxruntime", functools.partial(_onnx_values, folder))
+        check = functools.partial(_onnx_values, folder)
+        yield _in_runtime("onnxruntime", check, "values in onnxruntime")
 
 
-def _in_runtime(package: str, check: Callable[[], str]) -> Check:
-    subject = f"values in {package}"
+def _in_runtime(package: str, check: Callable[[], str], subject: str) -> Check:
     if importlib.util.find_spec(package) is None:
         return Check("skipped", subject, f"{package} is not installed")
     return _attempt(subject, check)

@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import re
 import zlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 
 from clever_zoo import __version__
 from clever_zoo.ahead import usable_cores
-from clever_zoo.embedding import Embedding
+from clever_zoo.embedding import NOT_FINITE, Embedding, finite_rows
 from clever_zoo.errors import ImageError, RequestError, SettingError
 from clever_zoo.serve import MAX_IMAGE_PIXELS, protocol
 from clever_zoo.serve.batcher import Batcher
@@ -275,6 +275,13 @@ async def _read_body(request: Request, limits: Limits) -> bytearray:
 
 async def _read_files(request: Request, limits: Limits) -> list[File]:
     content_type = request.headers.get("content-type", "")
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise RequestError(
+            f"Content-Encoding is {encoding!r}; send image files as they are, they are packed "
+            "already",
+            415,
+        )
     if content_type.lower().startswith("image/"):
         return [File("body", await _read_body(request, limits))]
     if not content_type.lower().startswith("multipart/form-data"):
@@ -349,16 +356,24 @@ def _encode_images(
     outputs: Outputs,
     model: ServedModel,
 ) -> str:
-    halves = zip(*(outputs[name].tolist() for name in Embedding._fields if outputs), strict=True)
+    rows = _image_rows(outputs) if outputs else iter(())
     images = [
         ImageResult(name=file.name, error=square.reason)
         if isinstance(square, ImageError)
-        else ImageResult(name=file.name, **dict(zip(Embedding._fields, next(halves), strict=True)))
+        else ImageResult(name=file.name, **next(rows))
         for file, square in zip(files, squares, strict=True)
     ]
     error = None if outputs else "no file is a readable image; see the error of each"
     response = EmbedResponse(images=images, model=model.name, sha256=model.sha256, error=error)
     return response.model_dump_json(exclude_none=True)
+
+
+def _image_rows(outputs: Outputs) -> Iterator[dict[str, Any]]:
+    """What is said of each image that was embedded."""
+    embedding = Embedding(*(outputs[name] for name in Embedding._fields))
+    halves = (half.tolist() for half in embedding)
+    for finite, *values in zip(finite_rows(embedding), *halves, strict=True):
+        yield dict(zip(Embedding._fields, values, strict=True)) if finite else {"error": NOT_FINITE}
 
 
 async def _on_request_error(request: Request, error: Exception) -> Response:

@@ -9,7 +9,13 @@ from numpy.typing import NDArray
 
 from clever_zoo.embedder import ImageEmbedder
 from clever_zoo.runtimes import Runtime, choose_runtime, load_encoder, open_graph
-from clever_zoo.sources import is_onnx_path
+from clever_zoo.sources import (
+    HubSource,
+    LocalSource,
+    ReleasedSource,
+    is_onnx_path,
+    parse_source,
+)
 from clever_zoo.spec import ModelSpec, PreprocessSpec
 
 Outputs = Mapping[str, NDArray[np.float32]]
@@ -53,12 +59,12 @@ def load_served_model(
 ) -> ServedModel:
     """Load an encoder, or a classifier that was exported to ONNX; see `load_encoder`.
 
-    The alias is the last part of `source`, without .onnx.
+    The alias is the name of the .onnx file, of the folder or of the Hub repository.
 
     Raises:
         CleverZooError: If it cannot be found or loaded.
     """
-    alias = Path(source).stem if is_onnx_path(source) else source.rpartition("/")[2]
+    alias = _alias(source)
     if choose_runtime(source, runtime) == "torch":
         encoder = load_encoder(source, runtime="torch", device=device, threads=threads)
         return served_encoder(encoder, alias, "torch")
@@ -74,6 +80,18 @@ def load_served_model(
 
     widths = {"logits": classifier.spec.num_classes}
     return ServedModel(classifier.spec.encoder, alias, "onnx", widths, run)
+
+
+def _alias(source: str) -> str:
+    if is_onnx_path(source):
+        return Path(source).stem
+    match parse_source(source):
+        case LocalSource(folder):
+            return folder.resolve().name
+        case HubSource(repo_id, _):
+            return repo_id.rpartition("/")[2]
+        case ReleasedSource(name):
+            return name
 
 
 def served_encoder(encoder: ImageEmbedder, alias: str, platform: str) -> ServedModel:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from clever_zoo import __version__
+from clever_zoo.embedding import NOT_FINITE
 from clever_zoo.errors import RequestError
 from clever_zoo.serve.model import Outputs, ServedModel
 from clever_zoo.spec import problem_lines
@@ -259,7 +260,13 @@ def _wanted_outputs(request: _Body, model: ServedModel) -> dict[str, bool]:
 def encode_response(
     model: ServedModel, request: InferRequest, outputs: Outputs
 ) -> tuple[bytes, dict[str, str]]:
-    """The answer's body and headers."""
+    """The answer's body and headers.
+
+    Raises:
+        RequestError: If a value is not finite, which JSON cannot say and nobody can use.
+    """
+    if not all(np.isfinite(outputs[name]).all() for name in request.outputs):
+        raise RequestError(f"an image of the request is not embedded: {NOT_FINITE}", 500)
     tensors, binary = [], []
     for name, as_binary in request.outputs.items():
         values = outputs[name]

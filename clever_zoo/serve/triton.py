@@ -112,7 +112,7 @@ def write_triton_repository(
     """Write a graph as two models that Triton serves: NAME takes pixels, NAME-jpeg image files.
 
     A third, NAME-decode, is the part of NAME-jpeg that runs in Triton's Python backend, where
-    clever-zoo must be installed; the README.md in the repository says how. Other models of the
+    clever-zoo must be installed; the README.md beside the graph says how. Other models of the
     repository stay; these are replaced.
 
     Args:
@@ -159,7 +159,7 @@ def write_triton_repository(
     for suffix, template in (("", _MODEL), ("-decode", _DECODER), ("-jpeg", _ENSEMBLE)):
         config = template.substitute(values)
         write_atomic(repository / f"{name}{suffix}" / "config.pbtxt", config.encode())
-    write_atomic(repository / "README.md", _README.encode())
+    write_atomic(repository / name / "README.md", _README.replace("NAME", name).encode())
     return name, f"{name}-jpeg"
 
 

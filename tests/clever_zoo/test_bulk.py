@@ -82,14 +82,14 @@ def test_unreadable_files_are_listed_and_the_rest_written(pictures, tmp_path, mo
     result = runner.invoke(app, ["embed", str(pictures), "-o", str(out), "-m", model])
     assert result.exit_code == 1, result.output
     assert pq.read_table(out).num_rows == 7
-    lines = (tmp_path / "out.errors.jsonl").read_text().splitlines()
+    lines = (tmp_path / "out.parquet.errors.jsonl").read_text().splitlines()
     listed = {Path(json.loads(line)["path"]).name: json.loads(line)["reason"] for line in lines}
     assert listed.keys() == bad
     assert all(listed.values())
     for name in bad:
         (pictures / name).unlink()
     assert runner.invoke(app, ["embed", str(pictures), "-o", str(out), "-m", model]).exit_code == 0
-    assert not (tmp_path / "out.errors.jsonl").exists()
+    assert not (tmp_path / "out.parquet.errors.jsonl").exists()
 
 
 def test_raise_stops_at_the_first_and_leaves_the_old_file(pictures, tmp_path, model) -> None:

@@ -41,7 +41,7 @@ def assert_same(out: Path, expected: Path) -> None:
     assert paths == expected_paths
     for ours, theirs in zip(halves, expected_halves, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.linalg.norm(theirs, axis=1).max())
-    errors = [path.with_suffix(".errors.jsonl").read_text() for path in (out, expected)]
+    errors = [path.with_name(f"{path.name}.errors.jsonl").read_text() for path in (out, expected)]
     assert errors[0] == errors[1]
 
 

@@ -26,7 +26,7 @@ from clever_zoo import bulk
 from clever_zoo.bulk import BulkReport, embed_files, find_images
 from clever_zoo.embedder import ImageEmbedder
 from clever_zoo.embedding import Embedding, split_features
-from clever_zoo.errors import BackendMissingError, DataError, ImageError
+from clever_zoo.errors import BackendMissingError, DataError, ImageError, SpecError
 from clever_zoo.locate import released_folder
 from clever_zoo.onnx_encoder import OnnxEncoder
 from clever_zoo.registry import model_info
@@ -101,7 +101,7 @@ def interrupt(run: Callable[..., BulkReport], after: int = 50, **options) -> Non
 
 def content(out: Path) -> list[object]:
     """All rows and error lines, bit for bit."""
-    errors = out.with_suffix(".errors.jsonl")
+    errors = out.with_name(f"{out.name}.errors.jsonl")
     lines = errors.read_text() if errors.exists() else None
     if out.suffix == ".npz":
         with np.load(out) as arrays:
@@ -128,7 +128,7 @@ def test_an_interrupted_run_goes_on_where_it_was(run, pictures, tmp_path: Path, 
     assert done == [56, 64, 72, 80, 88, 96, 100]
     assert content(out) == content(whole)
     assert {p.name for p in tmp_path.iterdir()} == {
-        "pictures", whole.name, "whole.errors.jsonl", out.name, "out.errors.jsonl",
+        "pictures", whole.name, f"{whole.name}.errors.jsonl", out.name, f"{out.name}.errors.jsonl",
     }  # fmt: skip
     rows = content(whole)[1] if suffix == "parquet" else np.load(whole)["path"].tolist()
     assert rows == [path for i, path in enumerate(pictures) if i % 9 != 4]
@@ -156,8 +156,11 @@ def test_parts_of_another_run_are_refused(run, pictures, tmp_path: Path) -> None
     other.spec = SPEC.model_copy(update={"weights": weights})
     with pytest.raises(DataError, match=f"sha256 was '{SPEC.weights.sha256}' and is '0000"):
         run(resume=True, encoder=other)
-    other = PixelSlices()
-    other.precision = "int8"
+
+    class InEightBits(PixelSlices):
+        precision = "int8"
+
+    other = InEightBits()
     with pytest.raises(DataError, match="precision was 'fp32' and is 'int8'"):
         run(resume=True, encoder=other)
     with pytest.raises(DataError, match=r"part-00000000.npz is not of the files 0 to 15 .*changed"):
@@ -356,9 +359,46 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
         list(find_images([tmp_path]))
 
 
+def test_values_that_are_not_finite_are_listed_and_not_written(run, pictures, tmp_path) -> None:
+    class Overflowing(PixelSlices):
+        def embed_pixels(self, pixels: NDArray[np.uint8]) -> Embedding[NDArray[np.float32]]:
+            embedding = super().embed_pixels(pixels)
+            embedding.equivariant[0, 3] = np.inf
+            return embedding
+
+    report = run(encoder=Overflowing())
+    assert (report.written, report.unreadable) == (89 - 13, 11 + 13)
+    lines = (tmp_path / "out.parquet.errors.jsonl").read_text().splitlines()
+    listed = {json.loads(line)["path"]: json.loads(line)["reason"] for line in lines}
+    assert list(listed) == sorted(listed)
+    unusable = [path for path, reason in listed.items() if "not finite" in reason]
+    readable = [path for i, path in enumerate(pictures) if i % 9 != 4]
+    assert len(unusable) == 13
+    assert set(unusable) <= set(readable)
+    assert pq.read_table(tmp_path / "out.parquet")["path"].to_pylist() == [
+        path for path in readable if path not in unusable
+    ]
+    with pytest.raises(ImageError, match="not finite"):
+        run(encoder=Overflowing(), on_error="raise", paths=pictures[:1])
+
+
+def test_each_output_has_its_own_list(run, tmp_path: Path) -> None:
+    run(name="out.parquet")
+    run(name="out.npz", paths=[str(path) for path in sample_paths()[:3]])
+    assert (tmp_path / "out.parquet.errors.jsonl").exists()
+
+
+@pytest.mark.parametrize("option", [{"decoder": "PIL"}, {"on_error": "stop"}])
+def test_options_are_not_guessed(run, tmp_path: Path, option: dict[str, str]) -> None:
+    (name, value), *_ = option.items()
+    with pytest.raises(SpecError, match=f"{name} is '{value}'; use '"):
+        run(**option)
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_errors_are_listed_in_order(run, pictures, tmp_path: Path) -> None:
     run()
-    lines = (tmp_path / "out.errors.jsonl").read_text().splitlines()
+    lines = (tmp_path / "out.parquet.errors.jsonl").read_text().splitlines()
     assert [json.loads(line)["path"] for line in lines] == pictures[4::9]
 
 

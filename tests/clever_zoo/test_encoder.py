@@ -1,5 +1,6 @@
 """Encoders: building, splitting, saving, loading, and what is refused."""
 
+import copy
 import json
 import logging
 import pickle
@@ -17,6 +18,7 @@ from clever_zoo import errors
 from clever_zoo.backbones import BACKBONES
 from clever_zoo.embedding import Embedding, split_features
 from clever_zoo.encoder import Encoder
+from clever_zoo.samples import sample_paths
 from clever_zoo.sources import HubSource, LocalSource, ReleasedSource, parse_source
 from clever_zoo.spec import ModelSpec, PreprocessSpec, WeightFile
 
@@ -364,6 +366,42 @@ def test_names_without_weights_name_their_recipe() -> None:
         recipe = name if "." in name else f"{name}.fmnist"
         assert f"training/recipes/{recipe}.toml" in str(caught.value)
         assert (Path(__file__).parents[2] / f"training/recipes/{recipe}.toml").is_file()
+
+
+def test_names_without_a_recipe_promise_none() -> None:
+    for name in ("clever-resnet50.imagenet", "dino-vit-tiny.in1k-caug"):
+        with pytest.raises(errors.UnknownModelError, match=f"no recipe '{name}' either"):
+            clever_zoo.model_info(name)
+    with pytest.raises(errors.UnknownModelError, match=r"recipes/clever-simsiam-resnet18\.fmnist"):
+        clever_zoo.model_info("clever-simsiam-resnet18")
+    with pytest.raises(errors.UnknownModelError, match="unknown model"):
+        clever_zoo.model_info("x" * 300)
+
+
+def test_an_encoder_in_half_precision_embeds() -> None:
+    encoder = clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=8).eval()
+    expected = encoder.embed(sample_paths()[:2])
+    for dtype, precision in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        half = copy.deepcopy(encoder).to(dtype)
+        assert half.precision == precision
+        embedding = half.embed(sample_paths()[:2])
+        assert embedding.full.dtype == np.float32
+        error = np.abs(embedding.full - expected.full).max() / np.abs(expected.full).max()
+        assert 0 < error < 0.05
+
+
+def test_storage_types_are_not_guessed(tmp_path: Path) -> None:
+    encoder = clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=8)
+    for dtype in ("int8", "fp16", "bfloat16"):
+        with pytest.raises(errors.SpecError, match=f"dtype is '{dtype}'; use 'float32' or"):
+            encoder.save_pretrained(tmp_path, dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_survive_the_way_between_processes() -> None:
+    error = errors.RecipeError("x.toml", ["epochs: too many", "seed: missing"])
+    copied = copy.copy(error)
+    assert (str(copied), copied.problems) == (str(error), error.problems)
 
 
 def test_typos_get_close_matches(tmp_path: Path, monkeypatch) -> None:

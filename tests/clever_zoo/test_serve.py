@@ -24,7 +24,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from bench.load import binary_request
-from clever_zoo import OnnxClassifier, OnnxEncoder, model_info
+from clever_zoo import OnnxClassifier, OnnxEncoder, create_encoder, model_info
 from clever_zoo.errors import RequestError, SettingError
 from clever_zoo.preprocess import decode_image
 from clever_zoo.samples import sample_paths
@@ -334,6 +334,7 @@ def test_header_values_are_read_in_any_case(address: str) -> None:
     [
         (b"no image", {"Content-Type": "image/png"}, 400, "no file is a readable image"),
         (b"x", {"Content-Type": "text/plain"}, 415, "multipart/form-data"),
+        (b"x", {"Content-Type": "image/png", "Content-Encoding": "gzip"}, 415, "as they are"),
         (b"x", {"Content-Type": "multipart/form-data"}, 400, "boundary"),
         (b"x", {"Content-Type": "multipart/form-data; boundary=cut"}, 400, "multipart"),
         (*form(), 400, "no file"),
@@ -772,6 +773,31 @@ def test_a_model_that_fails_is_a_500_and_the_service_goes_on() -> None:
         assert answer.status == 500
         assert "internal error" in answer.json["error"]
         assert infer_numbered(address, 1).status == 200
+
+
+def test_values_that_are_not_finite_are_no_answer() -> None:
+    def run(pixels: np.ndarray) -> dict[str, np.ndarray]:
+        values = np.ones((len(pixels), 2), dtype=np.float32)
+        values[0] = np.nan
+        return {"invariant": values[:, :1], "equivariant": values[:, 1:]}
+
+    picture = sample_paths()[0].read_bytes()
+    with serving(SlowModel().served._replace(run=run)) as address:
+        answer = infer_numbered(address, 1)
+        assert (answer.status, "not finite" in answer.json["error"]) == (500, True)
+        answer = send(address, "/embed", *form(("a", picture), ("b", picture)))
+        assert answer.status == 200
+        bad, good = answer.json["images"]
+        assert "not finite" in bad["error"]
+        assert bad.keys() == {"name", "error"}
+        assert good["equivariant"] == [1.0]
+
+
+@pytest.mark.parametrize("source", ["local-dir:my-model", "local-dir:./my-model/"])
+def test_a_folder_is_served_under_its_name(tmp_path: Path, monkeypatch, source: str) -> None:
+    create_encoder("vit_tiny", img_size=32, patch_size=8).save_pretrained(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    assert load_served_model(source).alias == "my-model"
 
 
 # ---- what describes and measures it

@@ -159,7 +159,12 @@ def test_decoder_gives_the_pixels_and_refuses_only_the_bad_request(
 
 
 def test_other_models_of_the_repository_stay(repository: Path, graph: Path) -> None:
+    (repository / "README.md").write_text("mine")
     write_triton_repository(graph, repository, name="resnet.v2_a-b")
+    assert (repository / "README.md").read_text() == "mine"
+    assert (
+        "`resnet.v2_a-b-jpeg` takes files" in (repository / "resnet.v2_a-b/README.md").read_text()
+    )
     again = read_configs(repository)
     assert len(again) == 6
     assert {NAME, "resnet.v2_a-b", "resnet.v2_a-b-jpeg"} < set(again)

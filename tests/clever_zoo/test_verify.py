@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import clever_zoo
@@ -177,6 +178,35 @@ def test_another_model_under_a_released_name_fails(folder: Path) -> None:
     found = failures(folder)
     assert "not what this release records" in found["registry"]
     assert "has no golden.json" in found["values"]
+
+
+def test_released_weights_stored_in_another_type_are_known_again(tmp_path: Path) -> None:
+    encoder = clever_zoo.from_pretrained("clever-resnet18")
+    encoder.save_pretrained(tmp_path)
+    checks = {check.subject: check for check in verify_model(tmp_path)}
+    assert checks["registry"].verdict == "ok"
+    assert "stored in another type" in checks["registry"].detail
+    assert checks["values"].verdict == "skipped"
+    other = clever_zoo.create_encoder("resnet18")
+    other.spec = encoder.spec.model_copy(update={"provenance": None})
+    claimed = other.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["clever"]["provenance"] = encoder.spec.provenance.model_dump()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert claimed.name == encoder.spec.name
+    assert "other weights" in failures(tmp_path)["registry"]
+
+
+def test_changed_weights_claim_no_release(tmp_path: Path) -> None:
+    encoder = clever_zoo.from_pretrained("clever-resnet18")
+    spec = encoder.save_pretrained(tmp_path)
+    assert (spec.name, spec.provenance) == (encoder.spec.name, encoder.spec.provenance)
+    with torch.no_grad():
+        encoder.backbone.conv1.weight[0, 0, 0, 0] += 1
+    spec = encoder.save_pretrained(tmp_path)
+    assert (spec.name, spec.provenance) == ("clever-resnet18.fmnist-changed", None)
+    assert clever_zoo.from_pretrained(tmp_path).save_pretrained(tmp_path).name == spec.name
+    assert verdicts(tmp_path)["registry"] == "skipped"
 
 
 def test_the_onnx_file_is_checked_too(tmp_path: Path, onnx_models: Path) -> None:
