@@ -129,6 +129,8 @@ class Record(_Frozen):
         dataset: What it was measured on.
         invariant_dim: Index at which its features, and those of the controls, are cut.
         images: Number of images in each split.
+        digests: What names the data of each split, see `digest` of training/data; empty where the
+            record is older than this field.
         tasks, perturbations: Definitions of what the protocols name.
         networks, environments, results: See their classes.
     """
@@ -138,6 +140,7 @@ class Record(_Frozen):
     dataset: str
     invariant_dim: int
     images: dict[str, int]
+    digests: dict[str, str] = {}
     tasks: dict[str, str]
     perturbations: dict[str, str]
     networks: tuple[Network, ...]
@@ -222,6 +225,12 @@ class Record(_Frozen):
                     f"the record's {key} is {getattr(self, key)!r}, the new one's "
                     f"{getattr(newer, key)!r}; write to another file"
                 )
+        for split in self.digests.keys() & newer.digests.keys():
+            if self.digests[split] != newer.digests[split]:
+                raise DataError(
+                    f"the record's {split} images are others ({self.digests[split][:12]}...) than "
+                    f"the new one's ({newer.digests[split][:12]}...); write to another file"
+                )
         networks = self._networks_beside(newer)
         valid = {n.name for n in self.networks if networks.get(n.name, n).sha256 == n.sha256}
         valid &= networks.keys()
@@ -249,6 +258,7 @@ class Record(_Frozen):
             dataset=self.dataset,
             invariant_dim=self.invariant_dim,
             images=self.images,
+            digests=self.digests | newer.digests,
             tasks=tasks | newer.tasks,
             perturbations=perturbations | newer.perturbations,
             networks=tuple(sorted(networks.values(), key=lambda n: ROLES.index(n.role))),

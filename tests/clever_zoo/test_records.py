@@ -66,6 +66,16 @@ def test_newer_rows_replace_older_ones_and_other_weights_take_theirs_along() -> 
         old.updated(new.model_copy(update={"dataset": "other"}))
 
 
+def test_rows_of_other_images_are_not_mixed() -> None:
+    old = record(row(mean=1)).model_copy(update={"digests": {"train": "1" * 64}})
+    same = record(row(mean=2)).model_copy(update={"digests": {"train": "1" * 64, "test": "2" * 64}})
+    assert old.updated(same).digests == same.digests
+    assert old.updated(record(row(mean=2))).digests == old.digests
+    other = same.model_copy(update={"digests": {"train": "3" * 64}})
+    with pytest.raises(DataError, match=r"train images are others \(1{12}...\) than .*\(3{12}"):
+        old.updated(other)
+
+
 def test_rows_of_a_task_that_means_something_else_now_are_dropped() -> None:
     old = record(row(mean=1), row("b", 2))
     new = record(row(mean=3)).model_copy(update={"tasks": {"knn": "something else"}})

@@ -90,6 +90,7 @@ def evaluate(
         EvaluationImages(images, encoder.spec.preprocess, split)
         for images, split in zip(stored, ("train", "test"), strict=True)
     )
+    digests = {name: x.digest() for name, x in zip(("train", "test"), stored, strict=True)}
     crops = load_split(config, data, "train") if CROPPING & set(tasks) else None
     spec = encoder.spec
     start = (
@@ -123,6 +124,7 @@ def evaluate(
             dataset=config.dataset,
             invariant_dim=cut,
             images={"train": len(train), "test": len(test)},
+            digests=digests,
             tasks={p.task: texts[p.task] for p in used},
             perturbations={p.perturbation: PERTURBATIONS[p.perturbation].text for p in used},
             networks=(s.network,),
