@@ -51,11 +51,12 @@ $(READY): pyproject.toml
 $(READY_ONNX): pyproject.toml
 	$(PYTHON) -m venv .venv-onnx
 	.venv-onnx/bin/pip install --quiet --upgrade pip
-	.venv-onnx/bin/pip install --quiet --editable ".[onnx]" pytest pytest-socket
+	.venv-onnx/bin/pip install --quiet --editable ".[onnx]" pytest pytest-socket pytest-timeout
 	! .venv-onnx/bin/python -c "import torch" 2> /dev/null
 	touch $@
 
-$(MODELS)/.ready: $(READY) tests/onnx_models.py $(wildcard clever_zoo/*.py)
+$(MODELS)/.ready: $(READY) tests/onnx_models.py $(shell find clever_zoo -name '*.py') \
+		$(wildcard model_cards/*/config.json)
 	$(BIN)/python -m tests.onnx_models $(MODELS)
 	touch $@
 

@@ -54,6 +54,7 @@ def tuned(architecture: str, batch: int, threads: int) -> Iterator[Callable[[], 
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve_tuned, args=(theirs, architecture, batch, threads))
     process.start()
+    theirs.close()  # so that a process that dies ends the waiting for its answer
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
 

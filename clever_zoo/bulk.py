@@ -164,8 +164,8 @@ def embed_files(
         on_error: "skip" lists unreadable images, and those with values that are not finite,
             beside the output in NAME.errors.jsonl (out.parquet.errors.jsonl); "raise" stops at
             the first.
-        decoder: "fast" reads JPEG files 1.5 times as fast, with pixels up to 1 of 255 away, rarely
-            2; see `clever_zoo.fast_pixels`.
+        decoder: "fast" decodes and resizes JPEG files 1.5 times as fast, with pixels up to 1 of
+            255 away, rarely 2; see `clever_zoo.fast_pixels`.
         resume: Go on from the parts of an interrupted run. Its paths, model and batch size
             have to be the same; whether the content of a file changed is not looked at. Without
             it such parts are removed.

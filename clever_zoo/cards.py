@@ -27,8 +27,8 @@ DATASETS = {
         title="Fashion-MNIST",
         description="60,000 grey product photographs of 28x28 pixels in ten classes (MIT)",
         good_for="small grey pictures of single objects on black, like its training data: "
-        "retrieval and grouping that should survive rotation, tests, teaching, and as a worked "
-        "example",
+        "retrieval and grouping that should survive rotation by up to 90° either way, tests, "
+        "teaching, and as a worked example",
         not_for="natural photographs, colour, scenes, text, faces, or anything larger than a "
         "thumbnail: 28-pixel product photographs of ten classes are all it has ever seen",
     )
@@ -324,7 +324,8 @@ def _results_section(spec: ModelSpec, record: Record) -> str:
     fine_tuned = [m for m in every_metric(record) if m.task.startswith(("finetune_", "frozen_"))]
     definitions = [*_definitions(record.tasks), *_definitions(record.perturbations)]
     paragraphs = [
-        f"On {record.dataset}, {record.images['test']:,} test images; means{_seeds(record)}. The "
+        f"On {record.dataset}, {record.images['test']:,} test images; k-NN with k = 20 "
+        f"unless it says otherwise; means{_seeds(record)}. The "
         f"features of all networks are cut at {record.invariant_dim}, those of the baseline and "
         "of the untrained network as controls; raw pixels are not cut.",
         results_table(record),

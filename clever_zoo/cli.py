@@ -158,7 +158,10 @@ def embed(
     ] = DecoderChoice.pillow,
     on_error: Annotated[
         OnErrorChoice,
-        typer.Option(help="skip: list unreadable files in NAME.errors.jsonl; raise: stop at one."),
+        typer.Option(
+            help="skip: list files that cannot be read, or whose values are not finite, in "
+            "OUTPUT.errors.jsonl; raise: stop at one."
+        ),
     ] = OnErrorChoice.skip,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from what an interrupted run had done.")
@@ -173,7 +176,8 @@ def embed(
 ) -> None:
     """Embed images into a file with the columns path, invariant and equivariant.
 
-    Exit code 0: all written. 1: some files were unreadable, the rest is written. 2: nothing was.
+    Exit code 0: all written. 1: some files are in the list of errors, the rest is written. 2:
+    nothing was.
 
     A run keeps what it did in the folder .NAME.parts beside the target until all is done. After a
     kill or an error, the same command with --resume goes on there; without, it starts again.
@@ -233,7 +237,7 @@ def embed(
         f"{report.written} images embedded with {encoder.spec.name} ({chosen}) -> {output}{resumed}"
     )
     if report.unreadable:
-        typer.echo(f"{report.unreadable} unreadable files listed in {report.errors_path}", err=True)
+        typer.echo(f"{report.unreadable} unusable files listed in {report.errors_path}", err=True)
         raise typer.Exit(1)
 
 
@@ -654,7 +658,7 @@ def publish_build(
     """Write the Hub repository of a released model into a folder, offline.
 
     Card, config.json, weights, onnx/model.onnx, results, golden values, figures and SHA256SUMS;
-    the same bytes each time. Needs the extra [export].
+    the same bytes each time. Needs the extras [export] and [onnx].
 
     Example: clever-zoo publish build clever-resnet18 -o build/clever-resnet18.fmnist
     """
@@ -688,7 +692,7 @@ def publish_push(
 
     The folder is checked first: a file too few or too many, a digest, a card or a registry entry
     that does not fit is refused before any request. The token is that of `hf auth login` or
-    HF_TOKEN.
+    HF_TOKEN. Needs the extras [torch] and [onnx].
 
     Example: clever-zoo publish push build/clever-resnet18.fmnist --repo org/clever-resnet18.fmnist
     """

@@ -181,8 +181,8 @@ def locate_onnx(source: str | Path, options: HubOptions = _DEFAULTS) -> tuple[Pa
 
 def _onnx(files: Files, source: str | Path) -> Path:
     advice = (
-        f"write one with `clever-zoo export {source} -o model.onnx` (needs the extra [export]) and "
-        "pass its path"
+        f"write one with `clever-zoo export {source} -o model.onnx` (needs the extras "
+        "[export,onnx]) and pass its path"
     )
     try:
         path = files.find(ONNX_FILENAME)

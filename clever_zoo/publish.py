@@ -44,7 +44,7 @@ def build(source: str | Path, folder: str | Path) -> ModelSpec:
         DataError: If a file of it is missing, or the target is not empty or has no name.
         IntegrityError: If its files do not fit together, or give other values than golden.json.
         ExportParityError: If the ONNX file would not give torch's values.
-        BackendMissingError: Without the extra [export].
+        BackendMissingError: Without the extras [export] and [onnx].
     """
     from clever_zoo.encoder import from_pretrained
     from clever_zoo.onnx_encoder import OnnxEncoder

@@ -65,15 +65,6 @@ def embedding_orthogonality(target: Array, online: Array, reduction: str) -> flo
             return float(np.mean(np.square(table)))
 
 
-def knn_class(gallery: Array, labels: list[int], query: Array, k: int, temperature: float) -> int:
-    similarity = [cosine(query, row) for row in gallery]
-    nearest = sorted(range(len(gallery)), key=lambda i: -similarity[i])[:k]
-    votes: dict[int, float] = {}
-    for i in nearest:
-        votes[labels[i]] = votes.get(labels[i], 0.0) + math.exp(similarity[i] / temperature)
-    return max(sorted(votes), key=lambda c: votes[c])
-
-
 def negative_cosine(target: Array, online: Array) -> float:
     pairs = view_pairs(len(target), len(online))
     return -float(

@@ -91,7 +91,8 @@ Written by `clever-zoo export ... --format triton`. Three of Triton's models mak
   other image file. One that cannot be read fails its own request with 400, and no other.
 - `NAME-decode` is the first half of `NAME-jpeg`, run by the Python backend.
 
-`NAME-decode` needs clever-zoo in Triton's Python (3.11 or newer, so Triton 24.12 or newer):
+`NAME-decode` needs clever-zoo in Triton's Python (3.11 or newer, so Triton 24.12 or newer). Until
+the package is on PyPI, COPY a wheel into the image and install that:
 
     docker build -t triton-clever - <<END
     FROM nvcr.io/nvidia/tritonserver:24.12-py3

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from bench.__main__ import SECTIONS, SMOKE, Bench, main
 from bench.load import compare_with_session, run_load
 from bench.peers import fastembed_style_folder, timm_folder
-from bench.record import RESULTS, BenchRecord, Row, markdown
+from bench.record import RESULTS, BenchRecord, Row
 from bench.timing import take_turns
 from clever_zoo import OnnxEncoder
 from clever_zoo.errors import DataError
@@ -74,11 +74,13 @@ class EveryThirdIsRefused(BaseHTTPRequestHandler):
 
 def test_refused_requests_are_no_answers() -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), EveryThirdIsRefused) as server:
-        threading.Thread(target=server.serve_forever).start()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.server_port}"
-        load = run_load(address, "m", 8, clients=1, requests=8)
+        try:
+            load = run_load(address, "m", 8, clients=1, requests=8)
+        finally:
+            server.shutdown()
         assert (load.requests, load.errors) == (5, 3), "the one to warm up does not count"
-        server.shutdown()
     none = run_load(address, "m", 8, clients=1, requests=2)
     assert (none.requests, none.errors, none.images_per_s) == (0, 3, 0)
     assert math.isnan(none.p50_ms)
@@ -116,7 +118,5 @@ def test_the_committed_record_is_whole(tmp_path: Path) -> None:
     assert {row.section for row in record.rows} == set(SECTIONS)
     assert record.rounds >= 5
     assert "+" not in record.environment.commit
-    for row in record.rows:
-        assert row.subject in markdown(record)
     with pytest.raises(DataError, match="make bench"):
         BenchRecord.read(tmp_path / "absent.json")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clever_zoo
-from clever_zoo import errors
+from clever_zoo import errors, locate
 from clever_zoo.backbones import BACKBONES
 from clever_zoo.embedding import Embedding, split_features
 from clever_zoo.encoder import Encoder
@@ -517,13 +517,14 @@ def test_missing_torch_prints_the_pip_line() -> None:
     assert 'pip install "clever-zoo[torch]"' in run.stdout
 
 
-def test_a_source_logs_what_it_resolved_to(folders, caplog) -> None:
-    source = f"local-dir:{folders['vit']}"
+def test_a_source_logs_once_what_it_resolved_to(caplog) -> None:
+    locate._log_resolution.cache_clear()
     with caplog.at_level(logging.INFO, logger="clever_zoo"):
-        clever_zoo.from_pretrained(source)
-        clever_zoo.from_pretrained(source)
-    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith(source)]
-    assert len(lines) <= 1
+        spec = clever_zoo.from_pretrained("clever-resnet18").spec
+        clever_zoo.from_pretrained("clever-resnet18")
+    lines = [r.getMessage() for r in caplog.records if "resolves to" in r.getMessage()]
+    expected = f"clever-resnet18 resolves to {spec.name}, sha256 {spec.weights.sha256}"
+    assert lines == [expected]
 
 
 def test_image_errors_survive_pickling() -> None:

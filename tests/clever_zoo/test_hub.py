@@ -371,8 +371,10 @@ def test_88_a_second_process_does_not_wait_for_a_dead_one(
     with start_client(LOAD, hub, tmp_path) as dead:
         assert fault.stalled.wait(60)
         with start_client(LOAD, hub, tmp_path) as second:
+            deadline_s = time.monotonic() + 60
             while not hub.lines(f"HEAD .*{WEIGHTS}")[1:]:
                 assert second.poll() is None
+                assert time.monotonic() < deadline_s
                 time.sleep(0.05)
             dead.kill()
             out, err = second.communicate(timeout=60)

@@ -108,6 +108,7 @@ def test_round_trip_of_every_released_model(tmp_path: Path, name: str, precision
         return
     pixels = pixels_of(model, 32)
     halves = zip(encoder.embed_pixels(pixels), model.embed_pixels(pixels), strict=True)
+    assert MIN_COSINE == {"fp16": 0.999, "int8": 0.98}  # what the README promises
     assert all(min_cosine(ours, theirs) >= MIN_COSINE[precision] for ours, theirs in halves)
     whole = model.spec.weights.size_bytes * 2  # they are stored in float16
     assert report.size_bytes < whole * {"fp16": 0.55, "int8": 0.3}[precision]

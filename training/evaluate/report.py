@@ -73,9 +73,9 @@ Source: {source}.
 Under BAug, whose views are not rotated, CLeVER's gain on CJ+R images vanishes or turns round on
 {exceptions}.
 
-The two sets of figures are not comparable: other data, another evaluation protocol, and a far
-larger budget. These stand here to show what the method is reported to do where its authors ran
-it."""
+The two sets of figures are not comparable: other data, for most rows another evaluation protocol,
+and a far larger budget. These stand here to show what the method is reported to do where its
+authors ran it."""
 
 
 def released_records(root: Path = CHECKOUT) -> dict[str, Record]:
@@ -256,7 +256,8 @@ def bench_tables(root: Path = CHECKOUT) -> str:
         f"{whole['gradient_norm']:.6g} and {chunked['gradient_norm']:.6g}; "
         f"{whole['seconds']:.1f} s and {chunked['seconds']:.1f} s.",
         f"- **Steps** (batch {step['settings']['batch']}, {step['settings']['precision']}; "
-        f"{_where(step)}); the peer is the same step fed by the reference views of all cores:",
+        f"{_where(step)}); the peer is an ideal, this step without the making of "
+        "its views, so the ratio is below 1:",
         "",
         "| recipe | images/s | ratio to the peer | waiting for data | 200 epochs of ImageNet-100 |",
         "|---|---:|---:|---:|---:|",
@@ -347,8 +348,9 @@ def comparison(records: Iterable[tuple[str, Record]], published: Mapping[str, An
         "Both networks of a table had the same backbone, seed, epochs, steps and images, and both "
         "are cut at the same index. The difference is CLeVER's value less DINO's, of unrounded "
         "means; in points where the row is in percent. One training seed each, so a point or two "
-        "may be chance: ± is the deviation over seeds of the perturbation alone. Protocols, "
-        "hardware and commits stand in the cards.",
+        "may be chance: ± is the deviation over seeds of the perturbation alone. 'Published probe' "
+        "is the authors' protocol, run here on our data. Protocols, hardware and commits stand in "
+        "the cards.",
         *(
             _compared(backbone, record)
             for backbone, record in records
