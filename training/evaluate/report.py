@@ -113,7 +113,8 @@ def rendered_files(root: Path = CHECKOUT) -> dict[Path, str]:
         training_readme,
         {
             "trials": trials_table(root),
-            "plus": plus_table(root),
+            "plus": run_table("plus-clever-resnet18.fmnist", root),
+            "short": run_table("short-clever-resnet50.fmnist", root),
             "bench": bench_tables(root),
             "finetune": finetune_lines(root),
             "reproduce": reproduce_table(records.values()),
@@ -177,9 +178,9 @@ def trials_table(root: Path = CHECKOUT) -> str:
     return markdown_table(table_rows(columns + controls, METRICS)) + "\n\n" + "\n".join(facts)
 
 
-def plus_table(root: Path = CHECKOUT) -> str:
-    """The whole run with the transform term, beside the released one of the paper's terms."""
-    record = Record.read(root / RECORDS / "plus-clever-resnet18.fmnist.json")
+def run_table(name: str, root: Path = CHECKOUT) -> str:
+    """A whole run that was not released, beside its controls; `name` is that of its record."""
+    record = Record.read(root / RECORDS / f"{name}.json")
     rows = (*METRICS, *READINGS[1:3], *ERRORS)
     return results_table(record, rows) + "\n\n" + _run_line(record)
 
