@@ -229,6 +229,14 @@ def test_a_linear_head_leaves_the_encoder_alone_and_repeats_to_the_bit(photos, t
     files = [(tmp_path / name / "subset.txt").read_text() for name in "ab"]
     assert files[0] == files[1]
     assert files[0].count("\n") == 1 + 3 * 10
+    other = config("epochs=1", "freeze=true", "batch_size=16", "seed=7", preset="linear")
+    finetune.run(
+        "clever-resnet18", other, photos, tmp_path / "other",
+        subset_file=tmp_path / "a" / "subset.txt",
+    )  # fmt: skip
+    (text,) = Record.read(tmp_path / "other" / "results.json").tasks.values()
+    assert "fraction 0.5" in text, "what was used, not the default"
+    assert "seed 7, images drawn with seed 0" in text
     with pytest.raises(RecipeError, match=r"drawn with fraction 0\.5; fraction=0\.1"):
         finetune.run(
             "clever-resnet18", config("fraction=0.1"), photos, tmp_path / "c",
