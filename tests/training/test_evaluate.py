@@ -315,7 +315,8 @@ def test_a_vit_on_a_folder_of_coloured_pictures(photos: Path, tmp_path: Path) ->
         list_images(DataConfig(dataset="image-folder"), photos, "test"), spec, "t"
     )
     assert not torch.equal(images.pixels(0, 4), images.pixels(0, 4, "bilinear"))
-    whole = [photos / "val" / "bag" / f"{i}.png" for i in (0, 1)]
+    names = [(label, f"{i}.png") for label in ("bag", "coat") for i in sorted(range(12), key=str)]
+    whole = [photos.joinpath("val", *names[place]) for place in images.order[:2]]
     expected = encoder.eval().embed(whole).full
     ours = features_of(subject(encoder, "model", {}, 153))(images.pixels(0, 2))
     np.testing.assert_allclose(ours.numpy(), expected, atol=1e-6)
@@ -328,9 +329,12 @@ def test_an_encoder_without_a_split_has_no_numbers_for_halves(photos: Path, tmp_
     encoder.save_pretrained(tmp_path / "whole")
     arguments = [f"local-dir:{tmp_path / 'whole'}", "--dataset", "image-folder", "--data", photos]
     arguments += ["-o", tmp_path / "out", "--networks", "model", "--tasks", "knn,equivariance"]
+    arguments += ["--data-name", "my-photos"]
     result = run_evaluation(*arguments)
     assert result.exit_code == 0, result.output
-    assert {r.part for r in Record.read(tmp_path / "out/results.json").results} == {"full"}
+    record = Record.read(tmp_path / "out/results.json")
+    assert {r.part for r in record.results} == {"full"}
+    assert (record.dataset, record.digests.keys()) == ("my-photos", {"train", "test"})
 
 
 def test_large_pictures_give_small_raw_pixels(photos: Path) -> None:

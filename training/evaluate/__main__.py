@@ -52,6 +52,7 @@ def evaluate(
     paper: str | None = None,
     data: Path | None = None,
     dataset: str | None = None,
+    data_name: str | None = None,
     overrides: Sequence[str] = (),
     tasks: Collection[Task] = TASK_GROUPS,
     roles: Collection[Role] = ROLES,
@@ -66,6 +67,8 @@ def evaluate(
         paper: The same of a network trained with the paper's terms alone, for a model with more.
         data: Folder of the data set.
         dataset: Name of the data set; None for the one the model was trained on.
+        data_name: What the record calls the data, such as "imagenet-100"; None for `dataset`, which
+            for a folder is the name of the way it is read.
         overrides: Values of the data section, such as "hf_name=org/name".
         tasks: What to measure.
         roles: Which networks to measure.
@@ -121,7 +124,7 @@ def evaluate(
         used = [row.protocol for row in results]
         yield Record(
             model=encoder.spec.name,
-            dataset=config.dataset,
+            dataset=data_name or config.dataset,
             invariant_dim=cut,
             images={"train": len(train), "test": len(test)},
             digests=digests,
@@ -211,6 +214,10 @@ def main(
     dataset: Annotated[
         str | None, typer.Option(help="Data set (default: what the model was trained on).")
     ] = None,
+    data_name: Annotated[
+        str | None,
+        typer.Option(help="What the record calls the data, such as imagenet-100 for a folder."),
+    ] = None,
     tasks: Annotated[
         str, typer.Option(help=f"Comma-separated, of {', '.join(TASK_GROUPS)}.")
     ] = ",".join(TASK_GROUPS),
@@ -247,6 +254,7 @@ def main(
             paper=paper,
             data=data,
             dataset=dataset,
+            data_name=data_name,
             overrides=overrides or (),
             tasks=_chosen(tasks, TASK_GROUPS, "--tasks"),
             roles=_chosen(networks, ROLES, "--networks"),
