@@ -29,7 +29,7 @@ from clever_zoo.files import SUMS_FILENAME, read_sums, write_atomic, write_sums
 from clever_zoo.locate import ONNX_FILENAME
 from clever_zoo.records import RESULTS_FILENAME, Record
 from clever_zoo.samples import sample_paths
-from clever_zoo.spec import ModelSpec
+from clever_zoo.spec import CONFIG_FILENAME, ModelSpec
 from tests.hub_server import (
     TOKEN,
     Answer,
@@ -184,7 +184,9 @@ def other_weights(folder: Path) -> None:
     encoder = clever_zoo.from_pretrained(folder)
     next(encoder.backbone.parameters()).data.mul_(2)
     others = {name: (folder / name).read_bytes() for name in ("golden.json", RESULTS_FILENAME)}
-    encoder.save_pretrained(folder, dtype="float16")
+    kept = {"name": encoder.spec.name, "provenance": encoder.spec.provenance}
+    spec = encoder.save_pretrained(folder, dtype="float16").model_copy(update=kept)
+    (folder / CONFIG_FILENAME).write_text(json.dumps(spec.to_config()))
     (folder / ONNX_FILENAME).touch()
     for name, content in others.items():
         (folder / name).write_bytes(content)
