@@ -266,6 +266,7 @@ def _write_errors(folder: PartFolder, count: int, out: Path) -> tuple[int, Path 
 
 class _Loaded(NamedTuple):
     chunk: Chunk
+    place: int  # among all files
     path: str
     pixels: NDArray[np.uint8] | None
     error: ImageError | None
@@ -301,11 +302,11 @@ def embed_chunks(
         path, index = chunk.paths[i], chunk.first + i
         try:
             _check_name(path, index)
-            return _Loaded(chunk, path, load_pixels(path, spec.preprocess, index), None)
+            return _Loaded(chunk, index, path, load_pixels(path, spec.preprocess, index), None)
         except ImageError as error:
             if options.on_error == "raise":
                 raise
-            return _Loaded(chunk, path, None, error)
+            return _Loaded(chunk, index, path, None, error)
 
     items = ((chunk, i) for chunk in chunks for i in range(len(chunk.paths)))
     threads = usable_cores() if options.threads is None else options.threads
@@ -331,8 +332,7 @@ def embed_chunks(
 
 
 def _not_finite(item: _Loaded, options: Options) -> ImageError:
-    index = item.chunk.first + item.chunk.paths.index(item.path)
-    error = ImageError(item.path, index, NOT_FINITE)
+    error = ImageError(item.path, item.place, NOT_FINITE)
     if options.on_error == "raise":
         raise error
     return error

@@ -189,8 +189,10 @@ class Encoder(nn.Module, ImageEmbedder, PushToHub):
         check_choice("dtype", dtype, get_args(StorageType))
         content = pack_weights(self.stored_module(), dtype)
         weights = WeightFile.of(content)
-        current = current_spec(self.stored_module(), self.spec)
-        spec = current.model_copy(update={"weights": weights})
+        spec = self.spec
+        if spec.provenance is not None:  # what it claims may not be true of them any more
+            spec = current_spec(self.stored_module(), spec)
+        spec = spec.model_copy(update={"weights": weights})
         config = json.dumps(spec.to_config(), indent=2) + "\n"
         remove_derived(Path(folder))
         write_atomic(Path(folder) / weights.filename, content)

@@ -88,9 +88,9 @@ def _check_registry(spec: ModelSpec, folder: Path) -> Check:
 def _is_stored_otherwise(spec: ModelSpec) -> bool:
     """Whether it is a released model but for its weights file, as `save_pretrained` writes it."""
     registered = released(spec.name)
-    return registered not in (None, spec) and registered == spec.model_copy(
-        update={"weights": registered.weights}
-    )
+    if registered is None or registered == spec:
+        return False
+    return registered == spec.model_copy(update={"weights": registered.weights})
 
 
 def _verified_copy(registered: ModelSpec, spec: ModelSpec, folder: Path) -> str:

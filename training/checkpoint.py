@@ -225,6 +225,16 @@ def _under(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def recorded_recipe(path: Path) -> dict[str, Any]:
+    """The recipe in a checkpoint's header, as a dictionary; reads no tensor.
+
+    Raises:
+        CheckpointError: If the file cannot be read.
+    """
+    recipe: dict[str, Any] = _read_header(path)["recipe"]
+    return recipe
+
+
 def load_recipe_and_encoder(path: Path) -> tuple[Recipe, dict[str, Tensor], dict[str, Any]]:
     """The recipe, the tensors of the backbone that is the product, and the progress of a run.
 

@@ -21,10 +21,9 @@ from clever_zoo.files import write_atomic
 from clever_zoo.golden import GOLDEN_FILENAME, golden_values
 from clever_zoo.records import RESULTS_FILENAME, ROLES, Record, Role
 from clever_zoo.spec import ModelSpec, Provenance
-from training.checkpoint import recipe_difference
+from training.checkpoint import CHECKPOINT, recipe_difference, recorded_recipe
 from training.config import load_recipe
 from training.evaluate.inputs import load_encoder
-from training.runs import load_run
 
 MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
 NEIGHBORS = 20.0  # the k of the gate's k-NN
@@ -114,9 +113,9 @@ def release(run: Path, record: Record, folder: Path) -> ModelSpec:
 
 def _recipe_changes(run: Path) -> list[str]:
     """Values laid over the recipe on the command line: its name alone would not make the run."""
-    recipe, _, _ = load_run(run)
-    bundled = load_recipe(recipe.name)
-    changes = recipe_difference(*(r.model_dump(mode="json") for r in (recipe, bundled)))
+    recorded = recorded_recipe(run / CHECKPOINT)
+    bundled = load_recipe(recorded["name"])
+    changes = recipe_difference(recorded, bundled.model_dump(mode="json"))
     return [f"it was trained with other values than the bundled recipe: {c}" for c in changes]
 
 

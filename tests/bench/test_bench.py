@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from bench.__main__ import SECTIONS, SMOKE, Bench, main
 from bench.load import compare_with_session, run_load
 from bench.peers import fastembed_style_folder, timm_folder
-from bench.record import RESULTS, BenchRecord, Row
+from bench.record import RESULTS, BenchRecord, Row, markdown
 from bench.timing import take_turns
 from clever_zoo import OnnxEncoder
 from clever_zoo.errors import DataError
@@ -118,5 +118,7 @@ def test_the_committed_record_is_whole(tmp_path: Path) -> None:
     assert {row.section for row in record.rows} == set(SECTIONS)
     assert record.rounds >= 5
     assert "+" not in record.environment.commit
+    for row in record.rows:
+        assert row.subject in markdown(record)
     with pytest.raises(DataError, match="make bench"):
         BenchRecord.read(tmp_path / "absent.json")

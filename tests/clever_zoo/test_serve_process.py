@@ -90,7 +90,7 @@ def test_64_clients_in_another_process_see_no_error(graph: str) -> None:
         assert (load.requests, load.errors) == (256, 0)
         batches = metric(address, "clever_zoo_batch_images_count")
         assert metric(address, "clever_zoo_images_total") == 320  # one more of each to warm up
-        assert batches < 320
+        assert batches < 320 / 2
         assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
 
 

@@ -111,4 +111,4 @@ def test_step_estimates_a_whole_run(tmp_path) -> None:
     hours = 200 * 126_689 / row["images_per_s"] / 3600
     assert row["in100_hours"] == pytest.approx(hours)
     assert 0 <= row["data_share"] < 1
-    assert row["peer_images_per_s"] <= record["reference_views_per_s"]
+    assert row["peer_images_per_s"] <= row["reference_views_per_s"]

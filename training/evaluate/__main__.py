@@ -16,7 +16,7 @@ from clever_zoo.encoder import Encoder, usable_device
 from clever_zoo.errors import CleverZooError, DataError
 from clever_zoo.records import RESULTS_FILENAME, ROLES, Environment, Record, Role
 from clever_zoo.spec import PreprocessSpec
-from training.checkpoint import CHECKPOINT
+from training.checkpoint import CHECKPOINT, recorded_recipe
 from training.config import (
     BackboneConfig,
     DataConfig,
@@ -24,6 +24,7 @@ from training.config import (
     load_recipe,
     merged,
     parse_override,
+    parse_recipe,
     parse_section,
 )
 from training.data import check_classes, list_images, load_split
@@ -39,7 +40,6 @@ from training.evaluate.perturb import PERTURBATIONS
 from training.evaluate.report import REPORT, write_page
 from training.evaluate.suite import Task, evaluate_subject, task_texts
 from training.provenance import environment, library_versions
-from training.runs import load_run
 
 TASK_GROUPS: tuple[Task, ...] = get_args(Task)
 CROPPING = {"linear_reference", "finetune"}  # tasks that make new crops of the training images
@@ -138,8 +138,9 @@ def evaluate(
 
 def _recipe(source: str, encoder: Encoder) -> Recipe | None:
     """The recipe of a run or of a released model."""
-    if (Path(source) / CHECKPOINT).is_file():
-        return load_run(Path(source))[0]
+    path = Path(source) / CHECKPOINT
+    if path.is_file():
+        return parse_recipe(recorded_recipe(path), str(path))
     provenance = encoder.spec.provenance
     return load_recipe(provenance.recipe) if provenance else None
 

@@ -135,6 +135,7 @@ class EvaluationImages:
     Attributes:
         order: Index in the data set of each image, (N,). Images that are stored class by class
             are shuffled (seed 0), so that the first few thousand are of all classes.
+        labels: Classes in that order, (N,) int64.
     """
 
     def __init__(self, data: ImageSet | ImageSource, spec: PreprocessSpec, split: str) -> None:
@@ -150,15 +151,11 @@ class EvaluationImages:
         self.order = np.arange(len(data))
         if self.shuffled:
             np.random.default_rng(0).shuffle(self.order)
+        self.labels = data.labels[torch.from_numpy(self.order)]
         self._kept: dict[Interpolation, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.data)
-
-    @property
-    def labels(self) -> Tensor:
-        """Classes (N,) int64."""
-        return self.data.labels[torch.from_numpy(self.order)]
 
     @property
     def shuffled(self) -> bool:
