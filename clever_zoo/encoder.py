@@ -262,7 +262,7 @@ def from_pretrained(
     return Encoder.load(spec, weights).to(target).eval()
 
 
-def usable_device(name: str) -> torch.device:
+def usable_device(name: str | torch.device) -> torch.device:
     """The torch device of that name.
 
     Raises:
@@ -273,7 +273,7 @@ def usable_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BackendMissingError(
-            f"device {name!r} cannot be used ({reason}); use 'cpu'"
+            f"device {str(name)!r} cannot be used ({reason}); use 'cpu'"
         ) from error
 
 

@@ -354,6 +354,7 @@ def main(
     """
     if threads:
         torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = True  # the shapes of a run stay the same
     interrupted = threading.Event()
     if "RANK" not in os.environ:
         # A process of many may be waiting for a dead one, where no handler would ever run.

@@ -116,6 +116,12 @@ class ViewParameters:
         """(B, 4): top, left, height, width."""
         return torch.stack([self.top, self.left, self.height, self.width], dim=1)
 
+    @classmethod
+    def joined(cls, parts: Sequence["ViewParameters"]) -> "ViewParameters":
+        """The parameters of several views of one size, one after the other."""
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        return cls(**{k: None if v[0] is None else torch.cat(v) for k, v in columns.items()})
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> "ViewParameters":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return ViewParameters(**{k: None if v is None else change(v) for k, v in values.items()})
@@ -394,25 +400,49 @@ class MultiCrop:
         render = render_view if batched else reference_views.render_view
         height, width = source.shape[-2:] if batched else source[0].size[::-1]
         mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (self.mean, self.std))
-        views = Views([], [])
-        for view in range(2 + config.local_views):
-            is_global = view < 2
-            size = config.global_size_px if is_global else config.local_size_px
-            parameters = draw_parameters(
-                style.roles[view] if is_global else style.local_role,
-                view,
-                samples,
-                seed=self.seed,
-                epoch=epoch,
-                style=config.style,
-                strength=config.strength,
-                image_size=(height, width),
-                scale=config.global_scale if is_global else config.local_scale,
-                size=size,
+        parameters = [
+            self._draw(view, samples, epoch, (height, width))
+            for view in range(2 + config.local_views)
+        ]
+        pixels: list[Tensor] = []
+        # Views of one size are made together: fewer operations, each on more images.
+        for group, size in (
+            (parameters[:2], config.global_size_px),
+            (parameters[2:], config.local_size_px),
+        ):
+            if not group:
+                continue
+            sources = torch.cat([source] * len(group)) if batched else [*source] * len(group)
+            made = render(
+                sources,
+                ViewParameters.joined(group),
+                size,
+                style,
+                (mean, std),
+                disc_mask=config.disc_mask,
             )
-            pixels = render(
-                source, parameters, size, style, (mean, std), disc_mask=config.disc_mask
-            )
-            views.pixels.append(pixels.to(device))
-            views.parameters.append(parameters)
-        return views
+            pixels += made.to(device).chunk(len(group))
+        return Views(pixels, parameters)
+
+    def _draw(
+        self,
+        view: int,
+        samples: NDArray[np.integer],
+        epoch: int,
+        image_size: tuple[int, int],
+    ) -> ViewParameters:
+        """The parameters of view number `view` of the list."""
+        config, style = self.config, STYLES[self.config.style]
+        is_global = view < 2
+        return draw_parameters(
+            style.roles[view] if is_global else style.local_role,
+            view,
+            samples,
+            seed=self.seed,
+            epoch=epoch,
+            style=config.style,
+            strength=config.strength,
+            image_size=image_size,
+            scale=config.global_scale if is_global else config.local_scale,
+            size=config.global_size_px if is_global else config.local_size_px,
+        )

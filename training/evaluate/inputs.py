@@ -58,6 +58,13 @@ class Subject:
     grey: bool = False
 
     @property
+    def device(self) -> torch.device:
+        """Where the encoder is; the CPU for raw pixels."""
+        if self.encoder is None:
+            return torch.device("cpu")
+        return next(self.encoder.parameters()).device
+
+    @property
     def blocks(self) -> tuple[int, ...]:
         """Numbers of last blocks that can be evaluated: 1, and for a ViT 4."""
         is_vit = self.encoder is not None and self.encoder.spec.backbone.startswith("vit")
@@ -247,8 +254,7 @@ def features_of(subject: Subject, blocks: int = 1) -> Features:
 
     def features(pixels: Tensor) -> Tensor:
         with evaluating(encoder), torch.inference_mode():
-            device = next(encoder.parameters()).device
-            x = normalized(pixels.to(device), encoder.spec.preprocess)
+            x = normalized(pixels.to(subject.device), encoder.spec.preprocess)
             if blocks == 1:
                 return encoder.backbone(x).float().cpu()
             tokens = encoder.features(x, last=blocks)

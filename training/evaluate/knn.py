@@ -14,11 +14,18 @@ _CHUNK_ROWS = 1000
 
 
 def knn_scores(
-    gallery: Tensor, gallery_labels: Tensor, queries: Tensor, *, ks: Sequence[int], classes: int
+    gallery: Tensor,
+    gallery_labels: Tensor,
+    queries: Tensor,
+    *,
+    ks: Sequence[int],
+    classes: int,
+    device: str | torch.device = "cpu",
 ) -> dict[int, Tensor]:
     """Votes of the k nearest gallery rows for each class, for several k at once.
 
-    Cosine similarity; a neighbour votes with weight ``exp(similarity / 0.07)``.
+    Cosine similarity; a neighbour votes with weight ``exp(similarity / 0.07)``. Computed on
+    `device`; the votes come back to the CPU.
 
     Shapes: gallery (N, D), gallery_labels (N,) int64, queries (M, D) -> k: (M, classes).
 
@@ -33,12 +40,12 @@ def knn_scores(
             f"use one or more k in 1..{len(gallery)}, or more images"
         )
     check_labels(gallery_labels, classes)
-    columns = F.normalize(gallery, dim=1).T
+    columns, labels = F.normalize(gallery.to(device), dim=1).T, gallery_labels.to(device)
     chunks = [
-        _votes(chunk @ columns, gallery_labels, ks, classes)
-        for chunk in F.normalize(queries, dim=1).split(_CHUNK_ROWS)
+        _votes(chunk @ columns, labels, ks, classes)
+        for chunk in F.normalize(queries.to(device), dim=1).split(_CHUNK_ROWS)
     ]
-    return {k: torch.cat([votes[k] for votes in chunks]) for k in ks}
+    return {k: torch.cat([votes[k] for votes in chunks]).cpu() for k in ks}
 
 
 def _votes(

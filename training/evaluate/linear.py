@@ -84,7 +84,12 @@ class ReferenceProbe(NamedTuple):
 
 
 def fit_cached(
-    features: Tensor, labels: Tensor, classes: int, *, penalty: float = 1.0, device: str = "cpu"
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    *,
+    penalty: float = 1.0,
+    device: str | torch.device = "cpu",
 ) -> LinearProbe:
     """Multinomial logistic regression on standardised features, solved to convergence.
 

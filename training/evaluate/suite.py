@@ -262,7 +262,7 @@ def _classify(
     gallery = {r: _cut(features, subject, blocks, r) for r in feature_recipes(blocks)}
     started = time.monotonic()
     probes = {
-        (recipe, part): fit_cached(x, train.labels, classes)
+        (recipe, part): fit_cached(x, train.labels, classes, device=subject.device)
         for recipe, parts in gallery.items()
         for part, x in parts.items()
         if "linear_cached" in tasks
@@ -282,7 +282,12 @@ def _classify(
                 if "knn" in tasks and recipe == "last1" and _has_knn(condition):
                     started = time.monotonic()
                     votes = knn_scores(
-                        gallery[recipe][part], train.labels, x, ks=ks, classes=classes
+                        gallery[recipe][part],
+                        train.labels,
+                        x,
+                        ks=ks,
+                        classes=classes,
+                        device=subject.device,
                     )
                     seconds = embed_s + time.monotonic() - started
                     for k, scores in votes.items():
