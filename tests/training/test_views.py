@@ -8,9 +8,17 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop, RandomRotatio
 from torchvision.transforms import functional as F
 
 from clever_zoo.errors import RecipeError, ShapeError
+from training import reference_views
 from training.config import ViewsConfig, parse_recipe
 from training.streams import uniforms
-from training.views import ASPECT_RATIO, STYLES, MultiCrop, crop_and_flip, draw_parameters
+from training.views import (
+    ASPECT_RATIO,
+    STYLES,
+    MultiCrop,
+    crop_and_flip,
+    draw_parameters,
+    render_view,
+)
 
 COUNT = 20_000
 SAMPLES = np.arange(COUNT)
@@ -200,6 +208,20 @@ def test_views_come_with_what_was_done(rng) -> None:
     again = parameters("local", view=3, samples=np.arange(5), image_size=(40, 40), size=24)
     assert torch.equal(made.parameters[3].angle, again.angle)
     assert torch.equal(made.parameters[3].noise, again.noise)
+
+
+@pytest.mark.parametrize("pipeline", ["batched", "reference"])
+def test_views_made_together_are_those_made_alone(rng, pipeline) -> None:
+    images = torch.from_numpy(rng.integers(0, 256, (7, 3, 28, 28), dtype=np.uint8))
+    make, samples = views(pipeline=pipeline), np.arange(7)
+    together = make(images, samples, epoch=1)
+    batched = pipeline == "batched"
+    render = render_view if batched else reference_views.render_view
+    source = images if batched else reference_views.to_pillow(images)
+    scales = (torch.full((3, 1, 1), THIRD[0] * 255),) * 2
+    for made, p in zip(together.pixels, together.parameters, strict=True):
+        alone = render(source, p, made.shape[-1], STYLES["dino"], scales, disc_mask=False)
+        torch.testing.assert_close(made, alone, rtol=0, atol=1e-5)
 
 
 def test_rows_of_parameters_keep_their_noise() -> None:
