@@ -265,6 +265,41 @@ def _count(
     return f"Of the {topic}, the {half} half is above {', '.join(counts)}." if counts else ""
 
 
+def shortfalls(record: Record) -> list[str]:
+    """In sentences, how a model's training was less than whole or even, or left it behind pixels.
+
+    They do not keep a model from being released, but its card must say so.
+    """
+    found = []
+    model, baseline = record.network("model"), record.network("baseline")
+    for network in (model, baseline):
+        if network and not network.training.get("finished", True):
+            facts = network.training
+            epochs = facts["images_seen"] / record.images["train"]
+            found.append(
+                f"`{network.name}` was stopped after {epochs:.1f} of its {facts['epochs']} epochs "
+                f"({facts['steps']:,} steps), when its time was up."
+            )
+    if model and baseline and "images_seen" in model.training:
+        more = baseline.training["images_seen"] / model.training["images_seen"] - 1
+        if more > 0:
+            found.append(
+                f"The baseline saw {more:.0%} more images than the model, which favours it in "
+                "every comparison."
+            )
+    clean = METRICS[0]
+    columns = {column.role: column for column in columns_of(record)}
+    if {"model", "pixels"} <= columns.keys():
+        ours = columns["model"].find(clean, "invariant")
+        theirs = columns["pixels"].find(clean, "full")
+        if ours and theirs and ours.mean < theirs.mean:
+            found.append(
+                f"On clean pictures raw pixels are the better neighbours: {clean.label} "
+                f"{metric_cell(theirs)}, the invariant half {metric_cell(ours)}."
+            )
+    return found
+
+
 def card_figures(record: Record) -> dict[str, str]:
     """Name -> caption of the figures that the record has numbers for."""
     measured = {row.protocol.task for row in record.results}
@@ -300,8 +335,8 @@ def _seeds(record: Record) -> str:
 def _training_line(network: Network) -> str:
     facts = network.training
     return (
-        f"- `{network.name}`: recipe `training/recipes/{facts['recipe']}.toml`, seed "
-        f"{facts['seed']}, {facts['epochs']} epochs = {facts['images_seen']:,} images in "
+        f"- `{network.name}`: recipe `training/recipes/{facts['recipe']}.toml` of "
+        f"{facts['epochs']} epochs, seed {facts['seed']}, {facts['images_seen']:,} images in "
         f"{facts['seconds'] / 60:.0f} minutes ({facts['images_per_s']:.0f} images/s) on "
         f"{facts['hardware']}, torch {facts['torch']}, commit `{facts['commit'][:12]}`"
         f"{'; ' + facts['note'] if 'note' in facts else ''}."
@@ -449,6 +484,7 @@ central {p.input_size_px}x{p.input_size_px} cut out; then (value / 255 - mean) /
 - Nothing was measured on other data than {data.title}, on how errors spread over groups of people,
   or against adversaries.
 - Of a picture that is not square the ends of its long side are not seen.
+{chr(10).join(f"- {sentence}" for sentence in shortfalls(record))}
 
 ## Data and training
 {data.title}: {data.description}. Method: CLeVER (arXiv 2406.00262) on DINO with rotated views; the
@@ -457,8 +493,8 @@ recipe states what differs from the paper's.
 {chr(10).join(map(_training_line, trained))}
 
 ## Compute and energy
-The training above took {hours:.1f} hours in all, on the hardware named there. Energy was not
-metered, so none is stated.
+The training above took {hours:.1f} hours in all, on the hardware named there. Energy was
+metered only where a line above says so.
 
 ## Results
 {_results_section(spec, record)}

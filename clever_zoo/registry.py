@@ -26,10 +26,25 @@ RELEASED: tuple[ModelSpec, ...] = (
             dataset="fashion-mnist",
         ),
     ),
+    ModelSpec(
+        name="clever-resnet50.fmnist",
+        backbone="resnet50",
+        invariant_dim=1638,
+        preprocess=PreprocessSpec(input_size_px=32, crop_pct=1.0),
+        weights=WeightFile(
+            sha256="b29bc659b368a6800e926367dbf4161caff3b1780757e6641715c4c346cbba3c",
+            size_bytes=47_362_880,
+        ),
+        provenance=Provenance(
+            recipe="clever-resnet50.fmnist",
+            commit="085b4aaf8450a7253228d39ccb8628648e55f47b",
+            dataset="fashion-mnist",
+        ),
+    ),
 )
 
 # The released weights that a name without a tag stands for.
-DEFAULT_TAGS = {"clever-resnet18": "fmnist"}
+DEFAULT_TAGS = {"clever-resnet18": "fmnist", "clever-resnet50": "fmnist"}
 
 
 class HubPin(NamedTuple):

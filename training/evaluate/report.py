@@ -114,7 +114,7 @@ def rendered_files(root: Path = CHECKOUT) -> dict[Path, str]:
         {
             "trials": trials_table(root),
             "plus": run_table("plus-clever-resnet18.fmnist", root),
-            "short": run_table("short-clever-resnet50.fmnist", root),
+            "short": run_table("short-clever-vit-tiny.fmnist", root),
             "bench": bench_tables(root),
             "finetune": finetune_lines(root),
             "reproduce": reproduce_table(records.values()),
@@ -204,9 +204,10 @@ def reproduce_table(records: Iterable[Record]) -> str:
     }
     cells = [["command", "images", "minutes", "images/s", "hardware", "commit"]]
     for t in trained.values():
+        place = " --device cuda" if t["device"] == "cuda" else ""
         cells.append(
             [
-                f"`python -m training.pretrain {t['recipe']}`",
+                f"`python -m training.pretrain {t['recipe']}{place}`",
                 f"{t['images_seen']:,}",
                 f"{t['seconds'] / 60:.0f}",
                 f"{t['images_per_s']:.0f}",
