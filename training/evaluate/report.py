@@ -204,7 +204,7 @@ def reproduce_table(records: Iterable[Record]) -> str:
     }
     cells = [["command", "images", "minutes", "images/s", "hardware", "commit"]]
     for t in trained.values():
-        place = " --device cuda" if t["device"] == "cuda" else ""
+        place = " --device cuda" if t.get("device") == "cuda" else ""
         cells.append(
             [
                 f"`python -m training.pretrain {t['recipe']}{place}`",
