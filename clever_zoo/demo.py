@@ -235,7 +235,7 @@ def run_demo(out: Path, model: str) -> list[str]:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"),
-    model: Annotated[str, typer.Option(help="As for `clever-zoo embed`.")] = "clever-resnet18",
+    model: Annotated[str, typer.Option(help="As for `clever-zoo embed`.")] = "clever-resnet50",
 ) -> None:
     """Embed the bundled pictures and rotated copies, and draw a report."""
     try:

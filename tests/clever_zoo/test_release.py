@@ -104,7 +104,7 @@ def test_fine_tuning_beats_every_frozen_probe() -> None:
 
 
 def test_the_demo_runs_on_the_released_weights(tmp_path: Path) -> None:
-    headlines = run_demo(tmp_path, "clever-resnet18")
+    headlines = run_demo(tmp_path, "clever-resnet50")
     assert len(headlines) == 3
     assert "600 pictures" in headlines[0]
     report = (tmp_path / "report.html").read_text()
@@ -114,7 +114,7 @@ def test_the_demo_runs_on_the_released_weights(tmp_path: Path) -> None:
 
     table = pq.read_table(tmp_path / "embeddings.parquet")
     assert table.num_rows == 600
-    assert table.schema.metadata[b"model"] == b"clever-resnet18.fmnist"
+    assert table.schema.metadata[b"model"] == b"clever-resnet50.fmnist"
 
 
 WHEEL_SCRIPT = """
