@@ -242,6 +242,8 @@ def main(
     """
     if threads:
         torch.set_num_threads(threads)
+    # cuDNN's ten-bit mantissas turn an untrained network's nearly equal features into others.
+    torch.backends.cudnn.allow_tf32 = False
     try:
         usable_device(device)
         folder = output or Path(source)
