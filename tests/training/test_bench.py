@@ -51,8 +51,8 @@ def test_photographs_are_reproducible() -> None:
 
 def test_heads_prints_both_forms_and_equal_gradients(tmp_path) -> None:
     out = tmp_path / "heads.json"
-    sizes = ["--batch", "32", "--views", "4", "--prototypes", "16384", "--feature-dim", "64"]
-    result = CliRunner().invoke(app, ["heads", *sizes, "--chunk-images", "2", "--json", str(out)])
+    sizes = ["--batch", "128", "--views", "4", "--prototypes", "16384", "--feature-dim", "64"]
+    result = CliRunner().invoke(app, ["heads", *sizes, "--chunk-images", "8", "--json", str(out)])
     assert result.exit_code == 0, result.output
     whole, chunked = json.loads(out.read_text())["forms"].values()
     assert whole["gradient_norm"] == pytest.approx(chunked["gradient_norm"], rel=1e-4)

@@ -19,7 +19,10 @@ from training.loader import step_samples
 from training.pretrain import check_shares
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = ["epochs=1", "batch_size=32", "optimizer.warmup_epochs=0.2", "optimizer.lr_per_256=1e-2"]
+SETTINGS = [
+    *("epochs=1", "batch_size=32", "run.precision=fp32"),
+    *("optimizer.warmup_epochs=0.2", "optimizer.lr_per_256=1e-2"),
+]
 RECIPES = {
     "dino": [
         "clever-vit-tiny.fmnist",
@@ -66,9 +69,10 @@ def test_two_processes_make_one_processs_curve(tmp_path: Path, fashion_mnist_fol
 
 
 def test_shares_of_a_batch_are_disjoint_and_complete() -> None:
-    recipe = load_recipe("clever-vit-tiny.fmnist", ["run.accumulation_steps=4"])
+    whole_batch = ["batch_size=64"]
+    recipe = load_recipe("clever-vit-tiny.fmnist", [*whole_batch, "run.accumulation_steps=4"])
     whole = step_samples(
-        load_recipe("clever-vit-tiny.fmnist"), 1000, 7, Processes(torch.device("cpu"))
+        load_recipe("clever-vit-tiny.fmnist", whole_batch), 1000, 7, Processes(torch.device("cpu"))
     )
     assert whole.shape == (1, 64)
     shares = [
