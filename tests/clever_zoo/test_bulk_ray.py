@@ -64,7 +64,7 @@ def test_two_ray_workers_give_the_same_file(onnx_models: Path, tmp_path: Path) -
     assert alone.returncode == 1, alone.stderr
     assert_same(tmp_path / "alone.parquet", tmp_path / "local.parquet")
     assert alone.stdout.startswith("38 images embedded with clever-resnet18.fmnist")
-    assert alone.stderr.splitlines()[-1].startswith("2 unreadable files listed in")
+    assert alone.stderr.splitlines()[-1].startswith("2 unusable files listed in")
     lines = [line for line in alone.stderr.splitlines() if "Set ray log level" not in line]
     assert [line.split()[0] for line in lines[:-1]] == ["embed"], alone.stderr
 
