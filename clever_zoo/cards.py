@@ -139,6 +139,10 @@ def columns_of(record: Record) -> list[Column]:
     return [Column(n.name, record, n.name, n.role) for n in ordered]
 
 
+def _columns_by_role(record: Record) -> dict[Role, Column]:
+    return {column.role: column for column in columns_of(record)}
+
+
 def every_metric(record: Record) -> tuple[Metric, ...]:
     """A row for everything that the record holds, in its order, with a full label."""
     found: dict[Metric, None] = {}
@@ -217,7 +221,7 @@ _CUTS: dict[Role, str] = {
 
 def findings(record: Record) -> list[str]:
     """What was measured of each half in sentences, whether or not it fits the half's name."""
-    columns = {column.role: column for column in columns_of(record)}
+    columns = _columns_by_role(record)
     if "model" not in columns:
         return []
     classes = [metric for metric in METRICS if metric.task in _CLASSIFYING]
@@ -278,7 +282,7 @@ def shortfalls(record: Record) -> list[str]:
             epochs = facts["images_seen"] / record.images["train"]
             found.append(
                 f"`{network.name}` was stopped after {epochs:.1f} of its {facts['epochs']} epochs "
-                f"({facts['steps']:,} steps), when its time was up."
+                f"({facts['steps']:,} steps)."
             )
     if model and baseline and "images_seen" in model.training:
         more = baseline.training["images_seen"] / model.training["images_seen"] - 1
@@ -287,8 +291,7 @@ def shortfalls(record: Record) -> list[str]:
                 f"The baseline saw {more:.0%} more images than the model, which favours it in "
                 "every comparison."
             )
-    clean = METRICS[0]
-    columns = {column.role: column for column in columns_of(record)}
+    clean, columns = METRICS[0], _columns_by_role(record)
     if {"model", "pixels"} <= columns.keys():
         ours = columns["model"].find(clean, "invariant")
         theirs = columns["pixels"].find(clean, "full")

@@ -400,49 +400,38 @@ class MultiCrop:
         render = render_view if batched else reference_views.render_view
         height, width = source.shape[-2:] if batched else source[0].size[::-1]
         mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (self.mean, self.std))
-        parameters = [
-            self._draw(view, samples, epoch, (height, width))
-            for view in range(2 + config.local_views)
-        ]
-        pixels: list[Tensor] = []
+        roles = (*style.roles, *[style.local_role] * config.local_views)
+        views = Views([], [])
         # Views of one size are made together: fewer operations, each on more images.
-        for group, size in (
-            (parameters[:2], config.global_size_px),
-            (parameters[2:], config.local_size_px),
+        for numbers, size, scale in (
+            (range(2), config.global_size_px, config.global_scale),
+            (range(2, len(roles)), config.local_size_px, config.local_scale),
         ):
-            if not group:
+            if not numbers:
                 continue
-            sources = torch.cat([source] * len(group)) if batched else [*source] * len(group)
-            made = render(
-                sources,
-                ViewParameters.joined(group),
+            parameters = [
+                draw_parameters(
+                    roles[view],
+                    view,
+                    samples,
+                    seed=self.seed,
+                    epoch=epoch,
+                    style=config.style,
+                    strength=config.strength,
+                    image_size=(height, width),
+                    scale=scale,
+                    size=size,
+                )
+                for view in numbers
+            ]
+            pixels = render(
+                torch.cat([source] * len(numbers)) if batched else [*source] * len(numbers),
+                ViewParameters.joined(parameters),
                 size,
                 style,
                 (mean, std),
                 disc_mask=config.disc_mask,
             )
-            pixels += made.to(device).chunk(len(group))
-        return Views(pixels, parameters)
-
-    def _draw(
-        self,
-        view: int,
-        samples: NDArray[np.integer],
-        epoch: int,
-        image_size: tuple[int, int],
-    ) -> ViewParameters:
-        """The parameters of view number `view` of the list."""
-        config, style = self.config, STYLES[self.config.style]
-        is_global = view < 2
-        return draw_parameters(
-            style.roles[view] if is_global else style.local_role,
-            view,
-            samples,
-            seed=self.seed,
-            epoch=epoch,
-            style=config.style,
-            strength=config.strength,
-            image_size=image_size,
-            scale=config.global_scale if is_global else config.local_scale,
-            size=config.global_size_px if is_global else config.local_size_px,
-        )
+            views.pixels.extend(pixels.to(device).chunk(len(numbers)))
+            views.parameters.extend(parameters)
+        return views
