@@ -31,6 +31,7 @@ from training.data import check_classes, list_images, load_split
 from training.evaluate.inputs import (
     EvaluationImages,
     Subject,
+    forbid_tf32,
     load_encoder,
     raw_pixels,
     subject,
@@ -242,8 +243,7 @@ def main(
     """
     if threads:
         torch.set_num_threads(threads)
-    # cuDNN's ten-bit mantissas turn an untrained network's nearly equal features into others.
-    torch.backends.cudnn.allow_tf32 = False
+    forbid_tf32()
     try:
         usable_device(device)
         folder = output or Path(source)

@@ -114,6 +114,14 @@ def load_encoder(source: str | Path, device: str = "cpu") -> tuple[Encoder, dict
     return from_pretrained(source, device=device), {}
 
 
+def forbid_tf32() -> None:
+    """Have cuDNN compute in whole float32.
+
+    The ten-bit mantissas of TF32 turn an untrained network's nearly equal features into others.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def subject(encoder: Encoder, role: Role, training: dict[str, Any], cut: int) -> Subject:
     """An encoder as a subject, cut at `cut` whatever its own split.
 

@@ -21,6 +21,7 @@ from clever_zoo.cards import (
     FIGURES,
     METRICS,
     READINGS,
+    Column,
     Metric,
     card_figures,
     columns_of,
@@ -112,9 +113,9 @@ def rendered_files(root: Path = CHECKOUT) -> dict[Path, str]:
     files[training_readme] = _filled(
         training_readme,
         {
-            "trials": trials_table(root),
-            "plus": run_table("plus-clever-resnet18.fmnist", root),
-            "short": run_table("short-clever-vit-tiny.fmnist", root),
+            "trials": runs_table("trial", root),
+            "plus": runs_table("plus", root),
+            "short": runs_table("short", root),
             "bench": bench_tables(root),
             "finetune": finetune_lines(root),
             "reproduce": reproduce_table(records.values()),
@@ -169,27 +170,27 @@ def _readme_section(name: str, record: Record) -> str:
     return "\n\n".join([title, results_table(record), *figures])
 
 
-def trials_table(root: Path = CHECKOUT) -> str:
-    """The one-epoch trials side by side, with the controls of the first."""
-    records = [Record.read(path) for path in sorted((root / RECORDS).glob("trial-*.json"))]
-    columns = [c for record in records for c in columns_of(record) if c.role == "model"]
-    controls = [c for c in columns_of(records[0]) if c.role in ("untrained", "pixels")]
-    facts = [_run_line(record) for record in records]
-    return markdown_table(table_rows(columns + controls, METRICS)) + "\n\n" + "\n".join(facts)
+def runs_table(kind: str, root: Path = CHECKOUT, beside: Iterable[Record] = ()) -> str:
+    """Runs that were not released side by side, with the controls of the first.
 
-
-def run_table(name: str, root: Path = CHECKOUT) -> str:
-    """A whole run that was not released, beside its controls; `name` is that of its record."""
-    record = Record.read(root / RECORDS / f"{name}.json")
+    Args:
+        kind: What the names of their records begin with.
+        root: Of the checkout whose records are read.
+        beside: Records that stand before them.
+    """
+    paths = sorted((root / RECORDS).glob(f"{kind}-*.json"))
+    records = [*beside, *(Record.read(path) for path in paths)]
+    models = [c for record in records for c in columns_of(record) if c.role == "model"]
+    controls = [c for c in columns_of(records[0]) if c.role != "model"]
     rows = (*METRICS, *READINGS[1:3], *ERRORS)
-    return results_table(record, rows) + "\n\n" + _run_line(record)
+    table = markdown_table(table_rows([*models, *controls], rows))
+    return "\n".join([table, "", *(_run_line(column) for column in models)])
 
 
-def _run_line(record: Record) -> str:
-    network = record.network("model")
-    t = network.training if network else {}
+def _run_line(model: Column) -> str:
+    t = next(n.training for n in model.record.networks if n.role == model.role)
     return (
-        f"- `{record.model}`: seed {t['seed']}, {t['steps']} steps, {t['images_seen']:,} "
+        f"- `{model.heading}`: seed {t['seed']}, {t['steps']} steps, {t['images_seen']:,} "
         f"images in {t['seconds'] / 60:.0f} minutes on {t['hardware']}; commit {t['commit'][:7]}"
     )
 

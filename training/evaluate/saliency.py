@@ -29,7 +29,7 @@ from clever_zoo.errors import CleverZooError, DataError, ShapeError
 from clever_zoo.preprocess import load_image, normalize_pixels
 from clever_zoo.records import RESULTS_FILENAME, Record
 from training.evaluate.dense import check_finite, dense_record
-from training.evaluate.inputs import load_encoder
+from training.evaluate.inputs import forbid_tf32, load_encoder
 
 SIMILARITY_THRESHOLD = 0.2
 WEAK_EDGE = 1e-5
@@ -314,6 +314,7 @@ def main(
 
     Example: python -m training.evaluate.saliency runs/my-vit --dataset ecssd --data ECSSD
     """
+    forbid_tf32()
     try:
         encoder = load_encoder(source, device)[0]
         scores = evaluate_saliency(encoder, read_saliency(data, dataset), dataset)

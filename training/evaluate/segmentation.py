@@ -33,7 +33,7 @@ from clever_zoo.preprocess import load_image
 from clever_zoo.records import RESULTS_FILENAME, Record
 from clever_zoo.spec import IMAGENET_STD, ModelSpec
 from training.evaluate.dense import PartChoice, check_finite, dense_record, patch_grid
-from training.evaluate.inputs import load_encoder
+from training.evaluate.inputs import forbid_tf32, load_encoder
 
 SHORT_SIDE_PX = 480
 LONG_SIDE_STEP_PX = 64
@@ -480,6 +480,7 @@ def main(
 
     Example: python -m training.evaluate.segmentation clever-resnet18 --data DAVIS -o out/davis
     """
+    forbid_tf32()
     try:
         encoder = load_encoder(source, device)[0]
         sequences = read_davis(data)
