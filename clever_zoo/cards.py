@@ -263,6 +263,7 @@ def _count(
             (own.mean, rival.mean)
             for metric in metrics
             if (own := columns["model"].find(metric, half)) and (rival := column.find(metric, part))
+            if own.mean > 0 or rival.mean > 0  # below 0, R² only says that neither reads anything
         ]
         if pairs:
             counts.append(f"{words} in {sum(a > b for a, b in pairs)} of {len(pairs)}")
@@ -287,10 +288,7 @@ def shortfalls(record: Record) -> list[str]:
     if model and baseline and "images_seen" in model.training:
         more = baseline.training["images_seen"] / model.training["images_seen"] - 1
         if more > 0:
-            found.append(
-                f"The baseline saw {more:.0%} more images than the model, which favours it in "
-                "every comparison."
-            )
+            found.append(f"The baseline saw {more:.0%} more images than the model.")
     clean, columns = METRICS[0], _columns_by_role(record)
     if {"model", "pixels"} <= columns.keys():
         ours = columns["model"].find(clean, "invariant")
@@ -446,6 +444,7 @@ def render_card(spec: ModelSpec, record: Record) -> str:
     licence = spec.provenance.license
     trained = [network for network in record.networks if "recipe" in network.training]
     hours = sum(network.training["seconds"] for network in trained) / 3600
+    beyond = " and terms that are not the paper's" if record.network("paper") else ""
     return f"""---
 {_front_matter(licence, record)}
 ---
@@ -482,7 +481,7 @@ central {p.input_size_px}x{p.input_size_px} cut out; then (value / 255 - mean) /
   released), or take a general image encoder.
 
 ## Limits
-- The halves are named for what training asks of them. Trust what they were measured to hold.
+- The halves are named for what they are meant for. Trust what they were measured to hold.
 - One training seed: differences of a point or two between networks may be chance.
 - Nothing was measured on other data than {data.title}, on how errors spread over groups of people,
   or against adversaries.
@@ -490,8 +489,8 @@ central {p.input_size_px}x{p.input_size_px} cut out; then (value / 255 - mean) /
 {chr(10).join(f"- {sentence}" for sentence in shortfalls(record))}
 
 ## Data and training
-{data.title}: {data.description}. Method: CLeVER (arXiv 2406.00262) on DINO with rotated views; the
-recipe states what differs from the paper's.
+{data.title}: {data.description}. Method: CLeVER (arXiv 2406.00262) on DINO with rotated
+views{beyond}; the recipe states what differs from the paper's.
 
 {chr(10).join(map(_training_line, trained))}
 

@@ -33,6 +33,7 @@ from clever_zoo.cards import (
     metric_cell,
     render_card,
     results_table,
+    shortfalls,
     table_rows,
 )
 from clever_zoo.cli import fail
@@ -348,8 +349,8 @@ def comparison(records: Iterable[tuple[str, Record]], published: Mapping[str, An
     sections = [
         "<!-- Written by `make tables` from the records. -->",
         "# CLeVER against its DINO baseline",
-        "Both networks of a table had the same backbone, seed, epochs, steps and images, and both "
-        "are cut at the same index. The difference is CLeVER's value less DINO's, of unrounded "
+        "Both networks of a table had the same backbone, recipe, seed and epochs, and both are cut "
+        "at the same index; how a training fell short stands under the title. The difference is CLeVER's value less DINO's, of unrounded "
         "means; in points where the row is in percent. One training seed each, so a point or two "
         "may be chance: ± is the deviation over seeds of the perturbation alone. 'Published probe' "
         "is the authors' protocol, run here on our data. Protocols, hardware and commits stand in "
@@ -378,7 +379,8 @@ def _compared(backbone: str, record: Record) -> str:
     ]
     title = f"## {backbone}: `{model.network}` and `{baseline.network}`, on {record.dataset}"
     head = ["metric", "part", "CLeVER", "DINO", "difference"]
-    return f"{title}\n{markdown_table([head, *rows])}"
+    limits = " ".join(shortfalls(record))
+    return "\n\n".join(filter(None, [title, limits, markdown_table([head, *rows])]))
 
 
 def _gap(value: float, decimals: int = 1) -> str:
