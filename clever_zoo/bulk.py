@@ -180,11 +180,16 @@ def embed_files(
         BackendMissingError: If pyarrow is missing for Parquet, or simplejpeg or torch for the
             fast decoder.
         ShapeError: If `batch_size` is under 1.
+        NonFiniteError: If a weight is not finite.
     """
     check_batch_size(batch_size)
     check_choice("on_error", on_error, get_args(OnError))
     check_choice("decoder", decoder, get_args(Decoder))
     write = output_writer(out)
+    pixel_loader(decoder)  # what is missing for it is said before anything is removed
+    paths = iter(paths)
+    first = list(itertools.islice(paths, 1))
+    paths = itertools.chain(first, paths)
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = _metadata(encoder, decoder)
     folder = PartFolder(out, metadata | _settings(encoder, batch_size))

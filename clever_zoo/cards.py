@@ -340,8 +340,13 @@ def _training_line(network: Network) -> str:
         f"{facts['epochs']} epochs, seed {facts['seed']}, {facts['images_seen']:,} images in "
         f"{facts['seconds'] / 60:.0f} minutes ({facts['images_per_s']:.0f} images/s) on "
         f"{facts['hardware']}, torch {facts['torch']}, commit `{facts['commit'][:12]}`"
+        f"{''.join(map(_continued, facts.get('continued_under', [])))}"
         f"{'; ' + facts['note'] if 'note' in facts else ''}."
     )
+
+
+def _continued(later: Mapping[str, str]) -> str:
+    return f", continued on {later['hardware']}, commit `{later['commit'][:12]}`"
 
 
 def _digest_lines(record: Record) -> list[str]:

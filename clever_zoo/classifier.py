@@ -1,13 +1,13 @@
 """An encoder with a linear head, for fine-tuning: `create_classifier`."""
 
 import copy
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from clever_zoo.ahead import usable_cores
 from clever_zoo.backbones import BACKBONES
 from clever_zoo.embedding import Part, Predictions
 from clever_zoo.encoder import (
@@ -18,13 +18,13 @@ from clever_zoo.encoder import (
     pack_weights,
     read_weights,
     usable_device,
+    write_model,
 )
 from clever_zoo.errors import BackendMissingError, SpecError, WeightsMismatchError
-from clever_zoo.files import remove_derived, write_atomic
 from clever_zoo.hub import HubOptions
 from clever_zoo.locate import describes_classifier, locate_classifier
-from clever_zoo.preprocess import ImageInput, normalize_pixels, pixel_batches
-from clever_zoo.spec import CLASSIFIER_KEY, CONFIG_FILENAME, ClassifierSpec, WeightFile
+from clever_zoo.preprocess import ImageInput, pixel_batches
+from clever_zoo.spec import CLASSIFIER_KEY, ClassifierSpec, WeightFile
 from clever_zoo.upload import PushToHub
 
 try:
@@ -114,14 +114,15 @@ class Classifier(nn.Module, PushToHub):
 
         Raises:
             ImageError: For the first bad image, with its source and index.
+            NonFiniteError: If a logit is not finite.
+            ShapeError: If `batch_size` is under 1.
         """
         preprocess = self.encoder.spec.preprocess
-        batches = [np.zeros((0, self.head.out_features), dtype=np.float32)]
+        logits = [np.zeros((0, self.head.out_features), dtype=np.float32)]
         with evaluating(self), torch.inference_mode():
-            for pixels in pixel_batches(images, preprocess, batch_size):
-                batch = torch.from_numpy(normalize_pixels(pixels, preprocess))
-                batches.append(self(batch.to(self.head.weight.device)).float().cpu().numpy())
-        return Predictions.of(np.concatenate(batches), self.class_names)
+            for pixels in pixel_batches(images, preprocess, batch_size, threads=usable_cores()):
+                logits.append(self(self.encoder.to_tensor(pixels)).float().cpu().numpy())
+        return Predictions.of(np.concatenate(logits), self.class_names)
 
     def parameter_groups(
         self,
@@ -187,16 +188,14 @@ class Classifier(nn.Module, PushToHub):
             The spec with the size and digest of the written file.
 
         Raises:
+            SpecError: For another storage type.
             NonFiniteError: If a value does not fit the storage type.
         """
         content = pack_weights(self.stored_module(), dtype)
         weights = WeightFile.of(content)
         encoder = self.encoder.spec.model_copy(update={"weights": weights})
         spec = self.spec.model_copy(update={"encoder": encoder})
-        config = json.dumps(spec.to_config(), indent=2) + "\n"
-        remove_derived(Path(folder))
-        write_atomic(Path(folder) / weights.filename, content)
-        write_atomic(Path(folder) / CONFIG_FILENAME, config.encode())
+        write_model(Path(folder), spec.to_config(), weights.filename, content)
         return spec
 
     def stored_module(self) -> nn.Module:

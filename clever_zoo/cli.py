@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tempfile
+import traceback
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -29,7 +30,7 @@ from clever_zoo.registry import list_models, model_info
 from clever_zoo.serve import MAX_IMAGE_PIXELS
 
 if TYPE_CHECKING:
-    from clever_zoo.encoder import Encoder
+    from clever_zoo.embedder import ImageEmbedder
     from clever_zoo.turn import Turn
 
 app = typer.Typer(
@@ -47,13 +48,15 @@ publish = typer.Typer(
 app.add_typer(publish, name="publish")
 _out, _err = Console(), Console(stderr=True)
 TOKEN_VARIABLE = "CLEVER_ZOO_TOKEN"
+FAULT_EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 
 ModelArgument = Annotated[
     str,
     typer.Option(
         "--model",
         "-m",
-        help="A released name, org/repo or hf-hub:org/repo@rev on the Hub, or local-dir:PATH.",
+        help="A released name, org/repo or hf-hub:org/repo@rev on the Hub, local-dir:PATH or an "
+        ".onnx file.",
     ),
 ]
 
@@ -176,8 +179,8 @@ def embed(
 ) -> None:
     """Embed images into a file with the columns path, invariant and equivariant.
 
-    Exit code 0: all written. 1: some files are in the list of errors, the rest is written. 2:
-    nothing was.
+    Exit code 0: all written. 1: some files are in the list of errors, the rest is written. Any
+    other: nothing was.
 
     A run keeps what it did in the folder .NAME.parts beside the target until all is done. After a
     kill or an error, the same command with --resume goes on there; without, it starts again.
@@ -262,7 +265,7 @@ class _RateColumn(ProgressColumn):
 def compare(
     first: Annotated[str, typer.Argument(help="A picture.", show_default=False)],
     second: Annotated[str, typer.Argument(help="Another one.", show_default=False)],
-    model: ModelArgument = "clever-resnet18",
+    model: ModelArgument = "clever-resnet50",
     turn: Annotated[
         bool,
         typer.Option(
@@ -283,9 +286,9 @@ def compare(
     """
     try:
         from clever_zoo.compare import compare_images
-        from clever_zoo.encoder import from_pretrained
+        from clever_zoo.runtimes import load_encoder
 
-        encoder = from_pretrained(model)
+        encoder = load_encoder(model)
         comparison = compare_images(encoder, first, second)
         reading = _read_turn(encoder, first, second) if turn else None
     except (CleverZooError, OSError) as error:
@@ -312,7 +315,7 @@ def compare(
         )
 
 
-def _read_turn(encoder: "Encoder", first: str, second: str) -> "Turn":
+def _read_turn(encoder: "ImageEmbedder", first: str, second: str) -> "Turn":
     from clever_zoo.turn import read_turn, turn_pictures
 
     with _embed_progress() as bar:
@@ -389,13 +392,15 @@ def export(
         from clever_zoo.bulk import find_images
         from clever_zoo.classifier import load_model
         from clever_zoo.onnx_export import export_onnx
-        from clever_zoo.serve.triton import write_triton_repository
+        from clever_zoo.serve.triton import check_target, write_triton_repository
 
         pictures = find_images(calibration) if calibration else None
         status = _err.status(f"exporting {model} and comparing it with torch")
         with tempfile.TemporaryDirectory() as temporary, status:
             to_triton = format is FormatChoice.triton
             graph = Path(temporary) / "model.onnx" if to_triton else output
+            if to_triton:
+                check_target(output, input.value)
             report = export_onnx(
                 load_model(model),
                 graph,
@@ -524,6 +529,7 @@ def verify(
     names. Values: of golden.json, within 1e-4, in torch and in ONNX Runtime, where they are there.
 
     Exit code 0: all that could be checked is as recorded. 1: something is not. 2: no such model.
+    70: the check itself failed.
     """
     try:
         from clever_zoo.verify import verify_model
@@ -639,7 +645,7 @@ def serve(
     )
     typer.echo(
         f"{served.name} (sha256 {served.sha256 or 'none'}, {served.platform}) on "
-        f"http://{host}:{listening.getsockname()[1]}"
+        f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     )
     server.run([listening])
     if server.lost:
@@ -718,5 +724,13 @@ def publish_push(
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script.
+
+    A fault of the program exits with `FAULT_EXIT_CODE` and its traceback, because 1, Python's own
+    choice, has a meaning in some commands.
+    """
+    try:
+        app()
+    except Exception:  # noqa: BLE001  # all of them, with their traceback
+        traceback.print_exc()
+        sys.exit(FAULT_EXIT_CODE)

@@ -1,18 +1,16 @@
 """How alike two pictures are in each half, with a scale to read the numbers by."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clever_zoo.embedder import ImageEmbedder
 from clever_zoo.embedding import unit_rows
 from clever_zoo.errors import NonFiniteError, SpecError
 from clever_zoo.preprocess import ImageInput
 from clever_zoo.samples import sample_paths
 from clever_zoo.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from clever_zoo.encoder import Encoder
 
 SAMPLE_STEP = 3  # every third bundled picture: 100 pictures, 4,950 pairs
 
@@ -37,7 +35,7 @@ class Comparison(NamedTuple):
     pairs: int
 
 
-def compare_images(encoder: "Encoder", a: ImageInput, b: ImageInput) -> Comparison:
+def compare_images(encoder: ImageEmbedder, a: ImageInput, b: ImageInput) -> Comparison:
     """How alike two pictures are in each half.
 
     Cosines of different encoders and halves have different ranges. The scale is the cosine of

@@ -60,6 +60,7 @@ class ImageEmbedder(ABC):
 
         Raises:
             ImageError: For the first bad image, with its source and index.
+            ShapeError: If `batch_size` is under 1.
         """
         batches = []
         done = 0
@@ -79,6 +80,7 @@ class ImageEmbedder(ABC):
 
         Raises:
             ImageError: For the first bad image, with its source and index.
+            ShapeError: If `batch_size` is under 1.
         """
         preprocess = self.spec.preprocess
         for pixels in pixel_batches(images, preprocess, batch_size, threads=usable_cores()):

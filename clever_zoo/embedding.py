@@ -6,7 +6,7 @@ from typing import Generic, Literal, NamedTuple, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from clever_zoo.errors import ShapeError
+from clever_zoo.errors import NonFiniteError, ShapeError
 
 Array = TypeVar("Array")
 Part = Literal["full", "invariant", "equivariant"]  # the attributes of an Embedding
@@ -50,7 +50,14 @@ class Predictions(NamedTuple):
 
     @classmethod
     def of(cls, logits: NDArray[np.float32], class_names: Sequence[str] | None) -> Self:
-        """Read (N, C) logits: softmax, and the most probable class of each row."""
+        """Read (N, C) logits: softmax, and the most probable class of each row.
+
+        Raises:
+            NonFiniteError: If a logit is not finite.
+        """
+        if not np.isfinite(logits).all():
+            index = int(np.isfinite(logits).all(axis=1).argmin())
+            raise NonFiniteError(f"image {index} has no class: {NOT_FINITE}")
         powers = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
         probabilities = powers / powers.sum(axis=1, keepdims=True)
         classes = probabilities.argmax(axis=1)
@@ -60,6 +67,10 @@ class Predictions(NamedTuple):
 
 def unit_rows(x: Array) -> Array:
     """Rows scaled to unit length, (..., D); zero rows stay zero."""
+    if x.dtype.itemsize < 4:  # type: ignore[attr-defined]  # squares overflow in half precision
+        if isinstance(x, np.ndarray):
+            return unit_rows(x.astype(np.float32)).astype(x.dtype)  # type: ignore[return-value]
+        return unit_rows(x.float()).to(x.dtype)  # type: ignore[attr-defined]
     # Clipped under the root, where a zero row still has a gradient.
     return x / (x * x).sum(-1, keepdims=True).clip(min=1e-24) ** 0.5  # type: ignore[operator]
 

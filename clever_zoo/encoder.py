@@ -130,7 +130,7 @@ class Encoder(nn.Module, ImageEmbedder, PushToHub):
         size = self.spec.preprocess.input_size_px
         batches = list(pixel_batches(images, self.spec.preprocess, batch_size=1))
         empty = np.zeros((0, size, size, 3), dtype=np.uint8)
-        return self._to_tensor(np.concatenate([empty, *batches]))
+        return self.to_tensor(np.concatenate([empty, *batches]))
 
     def embed_pixels(self, pixels: NDArray[np.uint8]) -> Embedding[NDArray[np.float32]]:
         """Embed resized and cropped squares, (B, size, size, 3) uint8 RGB.
@@ -142,7 +142,7 @@ class Encoder(nn.Module, ImageEmbedder, PushToHub):
         """
         check_pixels(pixels, self.spec.preprocess)
         with evaluating(self), torch.inference_mode():
-            halves = self(self._to_tensor(pixels))
+            halves = self(self.to_tensor(pixels))
             return Embedding(*(half.float().cpu().numpy() for half in halves))
 
     def digests(self) -> dict[str, str]:
@@ -153,7 +153,8 @@ class Encoder(nn.Module, ImageEmbedder, PushToHub):
         """
         return {"sha256": current_weights(self.stored_module(), self.spec.weights).sha256}
 
-    def _to_tensor(self, pixels: NDArray[np.uint8]) -> Tensor:
+    def to_tensor(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """What `forward` takes of squares (B, size, size, 3) uint8, on the encoder's device."""
         return torch.from_numpy(normalize_pixels(pixels, self.spec.preprocess)).to(
             next(self.parameters())
         )
@@ -186,17 +187,13 @@ class Encoder(nn.Module, ImageEmbedder, PushToHub):
             SpecError: For another storage type.
             NonFiniteError: If a value does not fit the storage type.
         """
-        check_choice("dtype", dtype, get_args(StorageType))
         content = pack_weights(self.stored_module(), dtype)
         weights = WeightFile.of(content)
         spec = self.spec
         if spec.provenance is not None:  # what it claims may not be true of them any more
             spec = current_spec(self.stored_module(), spec)
         spec = spec.model_copy(update={"weights": weights})
-        config = json.dumps(spec.to_config(), indent=2) + "\n"
-        remove_derived(Path(folder))
-        write_atomic(Path(folder) / weights.filename, content)
-        write_atomic(Path(folder) / CONFIG_FILENAME, config.encode())
+        write_model(Path(folder), spec.to_config(), weights.filename, content)
         return spec
 
     @classmethod
@@ -357,15 +354,18 @@ def pack_weights(module: nn.Module, dtype: StorageType = "float32") -> bytes:
             float32.
 
     Raises:
+        SpecError: For another storage type.
         NonFiniteError: If a value is not finite in the storage type.
     """
-    keep = set() if dtype == "float32" else _norm_keys(module)
-    tensors = {
-        key: value.detach().cpu().contiguous()
-        if key in keep or not value.is_floating_point()
-        else value.detach().cpu().to(getattr(torch, dtype)).contiguous()
-        for key, value in module.state_dict().items()
-    }
+    check_choice("dtype", dtype, get_args(StorageType))
+    wide = _norm_keys(module)
+
+    def stored(key: str, value: Tensor) -> Tensor:
+        if value.is_floating_point():
+            value = value.to(torch.float32 if key in wide else getattr(torch, dtype))
+        return value.detach().cpu().contiguous()
+
+    tensors = {key: stored(key, value) for key, value in module.state_dict().items()}
     for key, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise NonFiniteError(
@@ -373,6 +373,13 @@ def pack_weights(module: nn.Module, dtype: StorageType = "float32") -> bytes:
                 "look for a broken training step"
             )
     return save(tensors, metadata={"format": "pt"})
+
+
+def write_model(folder: Path, config: dict[str, Any], filename: str, weights: bytes) -> None:
+    """Write a model folder; what was made from other weights is removed from it."""
+    remove_derived(folder)
+    write_atomic(folder / filename, weights)
+    write_atomic(folder / CONFIG_FILENAME, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def current_weights(module: nn.Module, recorded: WeightFile | None) -> WeightFile:

@@ -103,7 +103,7 @@ class RequestError(CleverZooError, ValueError):
     """A request that the service refuses.
 
     Attributes:
-        status: HTTP status, 4xx or 503.
+        status: HTTP status, 4xx, 500 or 503.
         headers: Headers of the answer.
     """
 

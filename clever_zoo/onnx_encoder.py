@@ -132,6 +132,8 @@ class OnnxClassifier:
 
         Raises:
             ImageError: For the first bad image, with its source and index.
+            NonFiniteError: If a logit is not finite.
+            ShapeError: If `batch_size` is under 1.
         """
         preprocess = self.spec.encoder.preprocess
         batches = pixel_batches(images, preprocess, batch_size, threads=usable_cores())

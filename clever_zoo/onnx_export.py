@@ -31,6 +31,7 @@ from clever_zoo.files import write_atomic
 from clever_zoo.onnx_graph import CONFIG_KEY, GRAPH_KEY, GraphInfo, GraphInput, OnnxGraph, Precision
 from clever_zoo.preprocess import ImageInput, image_pixels, normalize_pixels, pixel_batches
 from clever_zoo.samples import sample_paths
+from clever_zoo.sources import is_onnx_path
 from clever_zoo.spec import ClassifierSpec, ModelSpec, PreprocessSpec, WeightFile
 
 try:
@@ -109,11 +110,13 @@ def export_onnx(
         ExportParityError: If an output is off by more than 1e-4 of its norm (fp32) or its cosine
             falls below 0.999 (fp16) or 0.98 (int8) for a bundled picture; nothing is written.
         SpecError: For an unknown input or precision, or calibration images that nothing reads.
-        DataError: If `calibration` holds no image.
+        DataError: If `path` is a folder or does not end in .onnx, or `calibration` holds no image.
         ImageError: For a bad calibration image.
     """
     check_choice("input", input, get_args(GraphInput))
     check_choice("precision", precision, get_args(Precision))
+    if not is_onnx_path(path) or Path(path).is_dir():
+        raise DataError(f"{path} cannot hold the graph; name a file that ends in .onnx")
     encoder = model.encoder if isinstance(model, Classifier) else model
     static = BACKBONES[encoder.spec.backbone].int8 == "static"
     if calibration is not None and not (precision == "int8" and static):

@@ -119,6 +119,8 @@ def model_info(name: str) -> ModelSpec:
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     folder = len(name) < 256 and Path(name).is_dir()
     local = f"For the local folder write 'local-dir:{name}'. " if folder else ""
+    if name.endswith(".onnx"):
+        local = "An ONNX file is opened with clever_zoo.OnnxEncoder.from_pretrained. "
     raise UnknownModelError(
         f"unknown model {name!r}; {hint}{local}"
         f"Released: {', '.join(_MODELS) or 'none'}. See clever_zoo.list_models()."

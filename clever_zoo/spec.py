@@ -231,7 +231,8 @@ class ModelSpec(_Spec):
         if is_classifier(config):
             raise SpecError(
                 f"{source} describes a classifier; load it with "
-                "clever_zoo.Classifier.from_pretrained, whose attribute `encoder` is its encoder"
+                "clever_zoo.Classifier.from_pretrained, whose attribute `encoder` is its encoder, "
+                "or serve what `clever-zoo export` makes of it"
             )
         part = config.get("clever") if isinstance(config, dict) else None
         if not isinstance(part, dict):

@@ -48,7 +48,7 @@ from training.data import (
     list_images,
     load_train_images,
 )
-from training.evaluate.inputs import EvaluationImages, load_encoder, normalized
+from training.evaluate.inputs import EvaluationImages, forbid_tf32, load_encoder, normalized
 from training.evaluate.perturb import PERTURBATIONS
 from training.evaluate.scores import top_k
 from training.provenance import environment, library_versions
@@ -494,6 +494,7 @@ def main(
     """
     if threads:
         torch.set_num_threads(threads)
+    forbid_tf32()
     try:
         result = run(
             source,

@@ -356,7 +356,8 @@ def main(
         torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True  # the shapes of a run stay the same
     interrupted = threading.Event()
-    if "RANK" not in os.environ:
+    under_torchrun = "RANK" in os.environ
+    if not under_torchrun:
         # A process of many may be waiting for a dead one, where no handler would ever run.
         signal.signal(signal.SIGTERM, lambda *_: interrupted.set())
     try:
@@ -388,7 +389,7 @@ def main(
     if processes.first:
         typer.echo(f"{step} of {steps} steps, {seconds:.0f} s: {folder}")
     # torchrun answers any other exit code than 0 by starting the processes again.
-    if step < steps and processes.world_size == 1:
+    if step < steps and not under_torchrun:
         raise typer.Exit(UNFINISHED_EXIT_CODE)
 
 

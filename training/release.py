@@ -66,8 +66,11 @@ def gate_problems(record: Record) -> list[str]:
             f"the baseline saw {baseline.get('images_seen', 0):,} images, fewer than the model's "
             f"{training['images_seen']:,}"
         )
-    if not re.fullmatch("[0-9a-f]{40}", training["commit"]):
-        problems.append(f"it was trained from {training['commit']!r}, not from a commit")
+    if baseline.get("shared_settings") != training.get("shared_settings"):
+        problems.append("the baseline's recipe differs in more than name, clever and run")
+    for part in (training, *training.get("continued_under", [])):
+        if not re.fullmatch("[0-9a-f]{40}", part["commit"]):
+            problems.append(f"it was trained from {part['commit']!r}, not from a commit")
     return problems
 
 
@@ -99,7 +102,7 @@ def release(
     """
     encoder, training = load_encoder(run)
     weights = encoder.spec.weights
-    problems = gate_problems(record) + _recipe_changes(run)
+    problems = gate_problems(record) + _recipe_problems(run, record)
     measured = record.network("model")
     if measured is None or weights is None or measured.sha256 != weights.sha256:
         problems.append("the record is of other weights than the run's; evaluate it again")
@@ -127,12 +130,15 @@ def release(
     return saved
 
 
-def _recipe_changes(run: Path) -> list[str]:
-    """Values laid over the recipe on the command line: its name alone would not make the run."""
+def _recipe_problems(run: Path, record: Record) -> list[str]:
+    """Values laid over the recipe, whose name alone would not make the run; a missing control."""
     recorded = recorded_recipe(run / CHECKPOINT)
     bundled = load_recipe(recorded["name"])
     changes = recipe_difference(recorded, bundled.model_dump(mode="json"))
-    return [f"it was trained with other values than the bundled recipe: {c}" for c in changes]
+    problems = [f"it was trained with other values than the bundled recipe: {c}" for c in changes]
+    if bundled.clever and bundled.clever.transform_weight and record.network("paper") is None:
+        problems.append("it goes beyond the paper; evaluate with --paper, the paper's terms alone")
+    return problems
 
 
 def main(

@@ -1,5 +1,6 @@
 """Reading finished runs."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def load_run(folder: Path) -> tuple[Recipe, nn.Module, dict[str, Any]]:
     images = progress["step"] * recipe.batch_size
     return recipe, backbone, {
         "recipe": recipe.name,
+        "shared_settings": shared_settings(recipe),
         "seed": recipe.seed,
         "epochs": recipe.epochs,
         "steps": progress["step"],
@@ -39,3 +41,9 @@ def load_run(folder: Path) -> tuple[Recipe, nn.Module, dict[str, Any]]:
         **first,
         **({"continued_under": later} if later else {}),
     }  # fmt: skip
+
+
+def shared_settings(recipe: Recipe) -> str:
+    """A digest of what a model and its baseline have in common: all but name, clever and run."""
+    content = recipe.model_dump_json(exclude={"name", "clever", "run"})
+    return hashlib.sha256(content.encode()).hexdigest()

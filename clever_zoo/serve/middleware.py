@@ -31,6 +31,9 @@ class CountRequests:
         self._metrics.active += 1
         try:
             await self._app(scope, receive, watched)
+        except Exception:  # answered further out, with 500
+            status = 500 if status == CLIENT_GONE else status
+            raise
         finally:
             self._metrics.active -= 1
             # Unknown paths share a label, or clients could make any number of them.

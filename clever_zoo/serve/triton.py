@@ -9,7 +9,7 @@ from string import Template
 
 from clever_zoo.errors import DataError, ShapeError, SpecError
 from clever_zoo.files import replacing, write_atomic
-from clever_zoo.onnx_graph import OnnxGraph
+from clever_zoo.onnx_graph import GraphInput, OnnxGraph
 from clever_zoo.preprocess import check_batch_size
 from clever_zoo.serve import MAX_IMAGE_PIXELS
 
@@ -132,14 +132,8 @@ def write_triton_repository(
         DataError: If `repository` is a file.
     """
     check_batch_size(max_batch_size)
-    if repository.exists() and not repository.is_dir():
-        raise DataError(f"{repository} is a file; name a folder for the models")
     opened = OnnxGraph.open(graph, providers=["CPUExecutionProvider"])
-    if opened.info.input != "uint8":
-        raise ShapeError(
-            f"{graph} takes {opened.info.input} pixels; a Triton repository is made of a graph "
-            "with uint8 input, as export_onnx writes by default"
-        )
+    check_target(repository, opened.info.input)
     name = name or opened.encoder.name
     if not _NAME.fullmatch(name):
         raise SpecError(
@@ -162,6 +156,22 @@ def write_triton_repository(
         write_atomic(repository / f"{name}{suffix}" / "config.pbtxt", config.encode())
     write_atomic(repository / name / "README.md", _README.replace("NAME", name).encode())
     return name, f"{name}-jpeg"
+
+
+def check_target(repository: Path, graph_input: GraphInput) -> None:
+    """Refuse what no repository can be made of, before a graph is exported for it.
+
+    Raises:
+        DataError: If `repository` is a file.
+        ShapeError: If the graph's input is float32.
+    """
+    if repository.exists() and not repository.is_dir():
+        raise DataError(f"{repository} is a file; name a folder for the models")
+    if graph_input != "uint8":
+        raise ShapeError(
+            f"the graph takes {graph_input} pixels; a Triton repository is made of one with uint8 "
+            "input, as export_onnx writes by default"
+        )
 
 
 def _config_values(graph: OnnxGraph) -> dict[str, object]:

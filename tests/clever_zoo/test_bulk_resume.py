@@ -145,6 +145,17 @@ def test_without_resume_it_starts_again_and_says_so(run, tmp_path: Path, caplog)
     assert f"removing {folder}" in caplog.text
 
 
+def test_parts_outlive_a_typo_and_a_missing_decoder(run, tmp_path: Path, monkeypatch) -> None:
+    interrupt(run)
+    parts = sorted((tmp_path / ".out.parquet.parts").iterdir())
+    with pytest.raises(DataError):
+        run(paths=find_images([tmp_path / "typo"]))
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    with pytest.raises(BackendMissingError, match="simplejpeg"):
+        run(decoder="fast")
+    assert sorted((tmp_path / ".out.parquet.parts").iterdir()) == parts
+
+
 def test_parts_of_another_run_are_refused(run, pictures, tmp_path: Path) -> None:
     interrupt(run)
     with pytest.raises(DataError, match="batch_size was 8 and is 4"):

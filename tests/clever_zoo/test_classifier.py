@@ -74,6 +74,30 @@ def test_predictions(sample_images) -> None:
     assert create_classifier(small_vit(), 3).predict(images).names is None
 
 
+def test_logits_that_are_not_finite_are_no_prediction() -> None:
+    classifier = create_classifier(small_vit(), 4)
+    with torch.no_grad():
+        classifier.head.bias[3] = torch.nan
+    with pytest.raises(errors.NonFiniteError, match="image 0 has no class"):
+        classifier.predict(sample_paths()[:2])
+
+
+def test_a_classifier_in_half_precision_predicts() -> None:
+    classifier = create_classifier(small_vit(), 4)
+    expected = classifier.predict(sample_paths()[:4]).probabilities
+    found = classifier.half().predict(sample_paths()[:4]).probabilities
+    assert found == pytest.approx(expected, abs=0.01)
+
+
+def test_a_refused_storage_type_leaves_what_is_there(folders, tmp_path: Path) -> None:
+    classifier = Classifier.from_pretrained(folders["full"])
+    classifier.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(errors.SpecError, match="dtype is 'int8'; use 'float32' or"):
+        classifier.save_pretrained(tmp_path, dtype="int8")
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
 def test_a_bad_image_is_named() -> None:
     with pytest.raises(errors.ImageError, match=r"image 1 \(gone\.png\)"):
         create_classifier("clever-resnet18", 3).predict([sample_paths()[0], "gone.png"])

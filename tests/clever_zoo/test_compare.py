@@ -105,11 +105,20 @@ def test_the_command_says_it_in_words_and_in_json(encoder, turned) -> None:
     assert record["equivariant"] == pytest.approx(expected.equivariant._asdict())
 
 
+def test_the_command_takes_an_onnx_file(encoder, turned, onnx_models: Path) -> None:
+    model = str(onnx_models / "resnet18.onnx")
+    result = runner.invoke(app, ["compare", *map(str, turned), "-m", model, "--json"])
+    assert result.exit_code == 0, result.output
+    expected = compare_images(encoder, *turned).invariant._asdict()
+    assert json.loads(result.stdout)["invariant"] == pytest.approx(expected, abs=1e-3)
+
+
 def test_errors_of_the_command_are_one_message(tmp_path: Path) -> None:
     path = str(sample_paths()[0])
     for arguments, text in (
         ([path, str(tmp_path / "none.png")], "no such file"),
         ([path, path, "-m", "clever-resnet51"], "UnknownModelError"),
+        ([path, path, "-m", str(tmp_path / "none.onnx")], "none.onnx"),
     ):
         result = runner.invoke(app, ["compare", *arguments])
         assert result.exit_code == 2

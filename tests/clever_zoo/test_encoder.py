@@ -398,6 +398,14 @@ def test_storage_types_are_not_guessed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_norms_are_stored_in_float32_whatever_the_module_has(tmp_path: Path, dtype) -> None:
+    encoder = clever_zoo.create_encoder("vit_tiny", img_size=32, patch_size=8).to(dtype)
+    encoder.save_pretrained(tmp_path, dtype="float16")
+    assert load_file(tmp_path / "model.safetensors")["norm.weight"].dtype == torch.float32
+    clever_zoo.from_pretrained(tmp_path)
+
+
 def test_errors_survive_the_way_between_processes() -> None:
     error = errors.RecipeError("x.toml", ["epochs: too many", "seed: missing"])
     copied = copy.copy(error)
@@ -483,6 +491,19 @@ def test_normalizing_a_zero_row_has_a_gradient() -> None:
     Embedding(x, x).normalized().invariant.sum().backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-4, 20.0])
+def test_normalizing_half_precision_neither_overflows_nor_vanishes(value: float) -> None:
+    length = 0.0 if value == 0 else 1.0
+    for half in (
+        np.full((2, 400), value, np.float16),
+        torch.full((2, 400), value, dtype=torch.float16),
+        torch.full((2, 400), value, dtype=torch.bfloat16),
+    ):
+        unit = Embedding(half, half).normalized().invariant
+        assert unit.dtype == half.dtype
+        assert float((unit[0] * 1.0 @ unit[0]) ** 0.5) == pytest.approx(length, abs=0.01)
 
 
 def test_public_names_resolve() -> None:

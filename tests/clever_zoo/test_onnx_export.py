@@ -273,6 +273,14 @@ def test_unknown_choices_are_named(vit: Encoder, tmp_path: Path) -> None:
         export_onnx(vit, tmp_path / "x.onnx", input="jpeg")
 
 
+@pytest.mark.parametrize("name", ["folder.onnx", "model", "model.pt"])
+def test_a_target_that_nothing_opens_is_refused_first(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(DataError, match=r"name a file that ends in \.onnx"):
+        export_onnx(None, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]
+
+
 @pytest.mark.usefixtures("trace_once")
 def test_the_command_line_reports_and_refuses(tmp_path: Path) -> None:
     result = runner.invoke(app, ["export", "clever-resnet99", "-o", str(tmp_path / "x.onnx")])

@@ -773,6 +773,7 @@ def test_a_model_that_fails_is_a_500_and_the_service_goes_on() -> None:
         answer = infer_numbered(address, 13)
         assert answer.status == 500
         assert "internal error" in answer.json["error"]
+        assert metric(address, 'clever_zoo_requests_total{handler="infer",status="500"}') == 1
         assert infer_numbered(address, 1).status == 200
 
 

@@ -24,7 +24,7 @@ from bench.load import (
     running_server,
 )
 from clever_zoo import cli
-from clever_zoo.cli import app
+from clever_zoo.cli import FAULT_EXIT_CODE, app
 from clever_zoo.samples import sample_paths
 from tests.clever_zoo.test_serve import (
     BAD_TENSORS,
@@ -138,6 +138,13 @@ def test_an_open_address_without_a_token_is_warned_about(graph: str) -> None:
     warned.send_signal(signal.SIGTERM)
     _, errors = warned.communicate(timeout=20)
     assert "anyone who reaches 0.0.0.0 can use this; set CLEVER_ZOO_TOKEN" in errors
+
+
+def test_a_fault_has_an_exit_code_of_its_own() -> None:
+    code = "from clever_zoo import cli; cli.app = lambda: 1 / 0; cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == FAULT_EXIT_CODE
+    assert "ZeroDivisionError" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--token", ""], []])

@@ -215,6 +215,20 @@ def test_names_that_are_no_folder(graph: Path, tmp_path: Path, name: str) -> Non
     assert not (tmp_path / "repo").exists()
 
 
+@pytest.mark.parametrize(
+    ("target", "arguments", "error"),
+    [("file", [], "DataError"), ("repo", ["--input", "float32"], "ShapeError")],
+)
+def test_the_command_refuses_before_it_exports(
+    tmp_path: Path, monkeypatch, target: str, arguments: list[str], error: str
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr("clever_zoo.onnx_export.export_onnx", None)
+    arguments = ["--format", "triton", "-o", str(tmp_path / target), *arguments]
+    result = CliRunner().invoke(app, ["export", "clever-resnet18", *arguments])
+    assert (result.exit_code, error in result.output) == (2, True), result.output
+
+
 def test_bad_arguments_write_nothing(graph: Path, tmp_path: Path) -> None:
     with pytest.raises(ShapeError, match="batch_size is 0"):
         write_triton_repository(graph, tmp_path / "repo", max_batch_size=0)

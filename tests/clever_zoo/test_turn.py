@@ -113,7 +113,7 @@ def test_bad_input(tmp_path: Path) -> None:
 
 
 def test_the_command_says_it_in_words_and_in_json() -> None:
-    arguments = ["compare", str(PICTURE), str(PICTURE), "--turn"]
+    arguments = ["compare", str(PICTURE), str(PICTURE), "--turn", "-m", "clever-resnet18"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     line = result.stdout.splitlines()[2]

@@ -89,6 +89,9 @@ def test_a_folder_that_differs_is_refused(imagenet: Path, tmp_path: Path, hard: 
     make_imagenet100(imagenet, out, hard=hard)
     with pytest.raises(DataError, match="belong"):
         make_imagenet100(imagenet, out, hard=not hard)
+    (out / "cache" / "image-folder").mkdir(parents=True)
+    (out / "cache" / "image-folder" / "256px.lock").touch()
+    assert make_imagenet100(imagenet, out, hard=hard).existed
     (out / "notes.txt").write_text("mine")
     wnid = imagenet100_classes()[0]
     if hard:

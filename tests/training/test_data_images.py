@@ -191,6 +191,12 @@ def test_a_kill_while_writing_leaves_nothing_half(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".8px*.tmp"))
 
 
+def test_too_small_a_memory(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: 10)
+    with pytest.raises(DataError, match=r"0\.0 GB of memory; use data\.cache ="):
+        load_split(config(), photos, "train")
+
+
 def test_too_small_a_disk(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -20,7 +20,7 @@ from clever_zoo.preprocess import crop_pixels
 from clever_zoo.records import Record
 from clever_zoo.samples import sample_paths
 from clever_zoo.spec import PreprocessSpec
-from training import pretrain, release
+from training import pixel_ops, pretrain, release
 from training.checkpoint import CHECKPOINT
 from training.config import DataConfig, load_recipe
 from training.data import ImageSet, TrainImages, list_images, load_fashion_mnist, load_train_images
@@ -42,7 +42,7 @@ from training.evaluate.perturb import (
     perturb,
 )
 from training.evaluate.suite import task_texts
-from training.runs import load_run
+from training.runs import load_run, shared_settings
 
 MINIATURE = ["epochs=1", "batch_size=16", "method.prototypes=64", "method.hidden_dim=64"]
 MINIATURE += ["method.bottleneck_dim=32", "optimizer.warmup_epochs=0.25"]
@@ -63,7 +63,7 @@ def test_perturbations_are_seeded_per_image(rng) -> None:
     assert torch.equal(x, before)
 
 
-def test_perturbations_are_the_published_ones_in_their_order(rng) -> None:
+def test_perturbations_are_the_published_ones_in_their_order(monkeypatch) -> None:
     """Against torchvision on Pillow images, with the angle and the factors that were drawn."""
     pictures = [Image.open(path).convert("RGB").resize((64, 64)) for path in sample_paths()[:4]]
     x = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1).float() for i in pictures])
@@ -80,9 +80,13 @@ def test_perturbations_are_the_published_ones_in_their_order(rng) -> None:
                 expected = operations[turn](expected, float(factors[i, turn]))
             theirs = torch.from_numpy(np.array(expected)).permute(2, 0, 1).float()
             assert float((ours[i] - theirs).abs().mean()) <= 0.5, (kind, i)
-    moved = [float((perturb(x, samples, k, 3) - perturb(x, samples, "cj_r", 3)).abs().mean())
-             for k in ("cj_r_e50", "cj_r_e", "cj_r_e150")]  # fmt: skip
-    assert 0 < moved[0] < moved[1] < moved[2]
+    noise = torch.zeros(4, 2, 64, 64).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("training.evaluate.perturb._noise", lambda *_: noise)
+    turned = perturb(x, samples, "cj_r", 3)
+    for kind, alpha in (("cj_r_e50", 50), ("cj_r_e", 100), ("cj_r_e150", 150)):
+        warped = pixel_ops.elastic(turned, noise, alpha=alpha)
+        assert torch.equal(perturb(x, samples, kind, 3), warped)
+        assert not torch.equal(warped, turned)
 
 
 def test_rotation_is_the_drawn_one_and_uniform(rng) -> None:
@@ -414,14 +418,29 @@ def test_the_gate(finished: Record) -> None:
     assert "above the untrained network: 60.10" in release.gate_problems(worse)[0]
     worse = with_row(worse, "pixels", "full", "cj_r", 35.1)
     worse = with_training(worse, "baseline", images_seen=2, epochs=5)
-    worse = with_training(worse, "model", commit="abc+changes")
-    assert len(release.gate_problems(worse)) == 5
+    later = [{"commit": "def+changes", "hardware": "another machine"}]
+    worse = with_training(worse, "model", commit="abc+changes", continued_under=later)
+    worse = with_training(worse, "baseline", shared_settings="other")
+    problems = release.gate_problems(worse)
+    assert len(problems) == 7
+    for text in ("'abc+changes'", "'def+changes'", "differs in more than name, clever and run"):
+        assert text in "".join(problems)
     unmeasured = finished.model_copy(update={"results": ()})
     problems = release.gate_problems(unmeasured)
     assert "k-NN nan is not" in problems[0]
     assert problems[-1] == "clean k-NN was not measured"
     alone = finished.model_copy(update={"networks": finished.networks[:1]})
     assert "no baseline, no untrained, no pixels" in release.gate_problems(alone)[0]
+
+
+def test_baselines_share_what_is_not_clevers(record: Record) -> None:
+    facts = [record.network(role).training["shared_settings"] for role in ("model", "baseline")]
+    wrapped, plain = (load_recipe(f"{k}-resnet18.fmnist", MINIATURE) for k in ("clever", "dino"))
+    assert facts == [shared_settings(wrapped), shared_settings(plain)]
+    assert len(set(facts)) == 1
+    for change in ("seed=1", "optimizer.weight_decay=0.1", "views.local_views=1"):
+        other = load_recipe("dino-resnet18.fmnist", [*MINIATURE, change])
+        assert shared_settings(other) != facts[0]
 
 
 def test_shortfalls_are_accepted_by_hand_and_stand_in_the_card(
@@ -443,6 +462,7 @@ def test_shortfalls_are_accepted_by_hand_and_stand_in_the_card(
     assert not list(tmp_path.iterdir())
     release.release(run, record, tmp_path, accept_shortfalls=True)
     card = (tmp_path / "README.md").read_text()
+    assert "continued on" not in card
     assert all(f"\n- {sentence}\n" in card for sentence in sentences)
 
 

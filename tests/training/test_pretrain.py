@@ -415,14 +415,15 @@ def test_every_recipe_loads(path: Path) -> None:
 
 
 def test_no_recipe_repeats_another() -> None:
-    """Every value that two recipes share stands in a part that both extend."""
+    """Recipes with the same values of their own would have them in a part that both extend."""
     own = {}
     for path in RECIPES.glob("*.toml"):
         content = tomllib.loads(path.read_text())
+        del content["extends"]
         flat = json.dumps(content)
         assert len(flat) < 500, path
         own.setdefault(flat, []).append(path.stem)
-    assert [names for names in own.values() if len(names) > 1] == []
+    assert [names for values, names in own.items() if values != "{}" and len(names) > 1] == []
 
 
 def test_a_recipe_lists_all_its_mistakes(tmp_path: Path) -> None:

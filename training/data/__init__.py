@@ -13,6 +13,7 @@ from training.data.fashion_mnist import DEBIAN_FASHION_MNIST, load_fashion_mnist
 from training.data.images import Batch, ImageSet, StreamedImages, TrainImages, cached
 from training.data.shards import ShardSource, find_shards
 from training.data.sources import (
+    CACHE,
     FakeSource,
     First,
     FolderSource,
@@ -197,7 +198,7 @@ def open_source(
 
 
 def _cache_folder(root: Path | None, cache_folder: Path | None) -> Path | None:
-    return cache_folder or (root and root / "cache")
+    return cache_folder or (root and root / CACHE)
 
 
 def _decoded_folder(

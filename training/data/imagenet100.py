@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from clever_zoo.errors import DataError
 from clever_zoo.preprocess import IMAGE_SUFFIXES
-from training.data.sources import data_error, some
+from training.data.sources import CACHE, data_error, some
 
 SPLITS = ("train", "val")
 CLASS_LIST = Path(__file__).with_name("imagenet100.txt")
@@ -128,6 +128,7 @@ def _differences(out: Path, links: dict[Path, Path], hard: bool) -> list[str]:
         for folder, folders, names in os.walk(out)
         for name in (*names, *(n for n in folders if Path(folder, n).is_symlink()))
     }
+    found = {name for name in found if name.parts[0] != CACHE}  # decoded images of a training
     problems = []
     if missing := sorted(links.keys() - found):
         problems.append(f"{len(missing)} links are missing: {some(missing)}")

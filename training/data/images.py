@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -198,11 +199,12 @@ def cached(
         Images (N, 3, size_px, size_px), to the bit those of `StreamedImages`.
 
     Raises:
-        DataError: If too many images are bad, or the disk is too small for the cache.
+        DataError: If too many images are bad, or the disk or memory is too small for them.
     """
     reader = StreamedImages(source, size_px, max_bad=max_bad)
     shape = (len(source), 3, size_px, size_px)
     if folder is None:
+        _check_memory(math.prod(shape))
         pixels = np.empty(shape, dtype=np.uint8)
         _decode(reader, pixels, description)
         images = torch.from_numpy(pixels)
@@ -230,6 +232,17 @@ def cached(
         file=file,
         listing=listing,
     )
+
+
+def _check_memory(size_bytes: int) -> None:
+    """Refuse what this machine cannot hold; allocated, it would end the process much later."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size_bytes > memory_bytes:
+        raise DataError(
+            f"the decoded images need {size_bytes / 1e9:.1f} GB, this machine has "
+            f'{memory_bytes / 1e9:.1f} GB of memory; use data.cache = "disk" or "stream", or a '
+            "smaller data.image_size_px"
+        )
 
 
 def _labels_of_squares(labels: Tensor, replaced: Tensor) -> Tensor:

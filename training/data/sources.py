@@ -19,6 +19,7 @@ from clever_zoo.preprocess import IMAGE_SUFFIXES, decode_image, load_image
 
 Split = Literal["train", "test"]
 
+CACHE = "cache"  # folder of decoded images in that of a data set
 LISTED = 10  # names shown in a message before "and N more"
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 

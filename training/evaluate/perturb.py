@@ -113,10 +113,13 @@ def perturb(x: Tensor, samples: NDArray[np.integer], kind: str, seed: int) -> Te
         x = x.clone()
         pixel_ops.color_jitter_(x, *draw_jitter(samples, seed), everyone)
     if p.elastic_alpha:
-        size = 2 * x.shape[-2] * x.shape[-1]
-        flat = uniforms(seed, 0, samples, _STREAM, size, first=_NOISE)
-        noise = torch.from_numpy(2 * flat - 1).float().view(-1, 2, *x.shape[-2:])
-        x = pixel_ops.elastic(x, noise.to(x.device), alpha=p.elastic_alpha)
+        x = pixel_ops.elastic(x, _noise(x, samples, seed), alpha=p.elastic_alpha)
     if p.masked:
         x = circular_mask(x)
     return x
+
+
+def _noise(x: Tensor, samples: NDArray[np.integer], seed: int) -> Tensor:
+    """What an elastic warp smooths: uniform in -1..1, (N, 2, H, W)."""
+    flat = uniforms(seed, 0, samples, _STREAM, 2 * x.shape[-2] * x.shape[-1], first=_NOISE)
+    return torch.from_numpy(2 * flat - 1).float().view(-1, 2, *x.shape[-2:]).to(x.device)
