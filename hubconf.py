@@ -4,6 +4,7 @@ from collections.abc import Callable as _Callable
 from typing import Any as _Any
 
 from clever_zoo.backbones import BACKBONES as _BACKBONES
+from clever_zoo.embedding import default_cut as _default_cut
 from clever_zoo.encoder import Encoder as _Encoder
 from clever_zoo.encoder import create_encoder as _create_encoder
 from clever_zoo.encoder import from_pretrained as _from_pretrained
@@ -36,7 +37,7 @@ def _entry_point(backbone: str) -> _Callable[..., _Encoder]:
         return _create_encoder(backbone, **kwargs)
 
     feature_dim = _BACKBONES[backbone].feature_dim
-    cut = int(0.8 * feature_dim)
+    cut = _default_cut(feature_dim)
     load.__name__ = load.__qualname__ = f"clever_{backbone}"
     load.__doc__ = _DOC.format(
         backbone=backbone,

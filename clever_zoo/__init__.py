@@ -1,10 +1,10 @@
 """Image embeddings in two labelled halves: what is in the picture, and how it was seen.
 
 >>> import clever_zoo
->>> encoder = clever_zoo.from_pretrained("clever-resnet18")
+>>> encoder = clever_zoo.from_pretrained("clever-resnet50")
 >>> embedding = encoder.embed(["a.jpg", "b.jpg"])
 >>> embedding.invariant.shape, embedding.equivariant.shape
-((2, 409), (2, 103))
+((2, 1638), (2, 410))
 """
 
 import importlib
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from clever_zoo.onnx_encoder import OnnxEncoder as OnnxEncoder
     from clever_zoo.onnx_export import ExportReport as ExportReport
     from clever_zoo.onnx_export import export_onnx as export_onnx
+    from clever_zoo.preprocess import ImageInput as ImageInput
     from clever_zoo.registry import list_models as list_models
     from clever_zoo.registry import model_info as model_info
     from clever_zoo.spec import ModelSpec as ModelSpec
@@ -44,6 +45,7 @@ _PUBLIC = {
     "Embedding": "embedding",
     "Encoder": "encoder",
     "ExportReport": "onnx_export",
+    "ImageInput": "preprocess",
     "ModelSpec": "spec",
     "OnnxClassifier": "onnx_encoder",
     "OnnxEncoder": "onnx_encoder",

@@ -258,10 +258,11 @@ class Classifier(nn.Module, PushToHub):
         other = full.weight.detach().clone()
         other[:, spec.columns] = 0
         if other.any():
-            raise WeightsMismatchError(
-                f"{weights}: the head reads features outside the {spec.part} part; set "
+            problem = (
+                f"the head reads features outside the {spec.part} part; set "
                 f"{CLASSIFIER_KEY}.part to 'full', or save the classifier again"
             )
+            raise WeightsMismatchError(str(weights), wrong=[problem])
         with torch.no_grad():
             classifier.head.weight.copy_(full.weight[:, spec.columns])
             classifier.head.bias.copy_(full.bias)

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from clever_zoo.backbones import list_backbones
 from clever_zoo.errors import BackendMissingError, CleverZooError
-from clever_zoo.registry import list_models, model_info
+from clever_zoo.registry import DEFAULT_MODEL, list_models, model_info
 from clever_zoo.serve import MAX_IMAGE_PIXELS
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def embed(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Target, .parquet or .npz; replaced at the end.")
     ],
-    model: ModelArgument = "clever-resnet18",
+    model: ModelArgument = DEFAULT_MODEL,
     runtime: Annotated[
         RuntimeChoice,
         typer.Option(help="auto: onnx for an .onnx file or a model that has one beside it."),
@@ -150,6 +150,9 @@ def embed(
     device: Annotated[str, typer.Option(help="cpu, cuda; with torch also cuda:1, mps.")] = "cpu",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
     threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the network.", show_default="one per core")
+    ] = None,
+    load_threads: Annotated[
         int | None,
         typer.Option(min=0, help="Threads that load images ahead.", show_default="one per core"),
     ] = None,
@@ -208,10 +211,10 @@ def embed(
 
             encoder = load()  # for its spec; the workers load their own
             gpus = 0 if device == "cpu" else 1
-            load = functools.partial(load, device=device, threads=None if gpus else 1)
+            load = functools.partial(load, device=device, threads=threads or (None if gpus else 1))
             run = RayEngine(load, workers=workers, gpus_per_worker=gpus)
         else:
-            encoder, run = load(device=device), None
+            encoder, run = load(device=device, threads=threads), None
         with _embed_progress() as bar:
             task = bar.add_task("embed", total=total, start=False)
 
@@ -226,7 +229,7 @@ def embed(
                 encoder,
                 output,
                 batch_size=batch_size,
-                threads=threads,
+                threads=load_threads,
                 on_error=on_error.value,
                 decoder=decoder.value,
                 resume=resume,
@@ -265,7 +268,7 @@ class _RateColumn(ProgressColumn):
 def compare(
     first: Annotated[str, typer.Argument(help="A picture.", show_default=False)],
     second: Annotated[str, typer.Argument(help="Another one.", show_default=False)],
-    model: ModelArgument = "clever-resnet50",
+    model: ModelArgument = DEFAULT_MODEL,
     turn: Annotated[
         bool,
         typer.Option(

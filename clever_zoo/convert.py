@@ -6,6 +6,7 @@ from typing import NamedTuple
 from clever_zoo.backbones import BACKBONES
 from clever_zoo.convert_backbones import State, recognise, rename
 from clever_zoo.convert_reading import Checkpoint, Network, read_checkpoint
+from clever_zoo.embedding import default_cut
 from clever_zoo.encoder import Encoder, StorageType, expected_tensors
 from clever_zoo.errors import BackendMissingError, CheckpointError
 from clever_zoo.files import write_atomic
@@ -148,7 +149,7 @@ def convert_checkpoint(
     if split is None:
         notes.append(
             "the file tells of no split, so the equivariant half is empty; if CLeVER trained it, "
-            f"give the invariant_dim, {int(0.8 * width)} by default"
+            f"give the invariant_dim, {default_cut(width)} by default"
         )
     if None in (mean, std) and not content.tells_preprocessing:
         notes.append(_PREPROCESSING_NOTE)

@@ -8,11 +8,8 @@ import html
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib as mpl
 import numpy as np
-import pyarrow.parquet as pq
 import typer
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -20,10 +17,21 @@ from clever_zoo.bulk import embed_files
 from clever_zoo.cli import fail
 from clever_zoo.embedding import Embedding, unit_rows
 from clever_zoo.encoder import Encoder, from_pretrained
-from clever_zoo.errors import CleverZooError
-from clever_zoo.figures import GREY, STYLE, data_uri, figure_tag, html_page
+from clever_zoo.errors import BackendMissingError, CleverZooError
 from clever_zoo.files import write_atomic
+from clever_zoo.registry import DEFAULT_MODEL
 from clever_zoo.samples import sample_class, sample_paths
+
+try:
+    import matplotlib as mpl
+    import pyarrow.parquet as pq
+    from matplotlib.figure import Figure
+
+    from clever_zoo.figures import GREY, STYLE, data_uri, figure_tag, html_page
+except ImportError as error:
+    raise BackendMissingError(
+        f'{error.name} is missing: pip install "clever-zoo[bulk,train]"'
+    ) from error
 
 Vectors = NDArray[np.float32]
 
@@ -235,7 +243,7 @@ def run_demo(out: Path, model: str) -> list[str]:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"),
-    model: Annotated[str, typer.Option(help="As for `clever-zoo embed`.")] = "clever-resnet50",
+    model: Annotated[str, typer.Option(help="As for `clever-zoo embed`.")] = DEFAULT_MODEL,
 ) -> None:
     """Embed the bundled pictures and rotated copies, and draw a report."""
     try:

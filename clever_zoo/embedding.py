@@ -89,6 +89,11 @@ def join_batches(
     return Embedding(*(np.concatenate(parts) for parts in halves))
 
 
+def default_cut(feature_dim: int) -> int:
+    """Width of the invariant half where none is given: int(0.8 D), as in the paper."""
+    return int(0.8 * feature_dim)
+
+
 def split_features(features: Array, invariant_dim: int) -> Embedding[Array]:
     """Cut features on their last axis: the first `invariant_dim` values, then the rest.
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from clever_zoo.backbones import backbone_info, build_backbone
 from clever_zoo.embedder import ImageEmbedder
-from clever_zoo.embedding import Embedding, split_features
+from clever_zoo.embedding import Embedding, default_cut, split_features
 from clever_zoo.errors import (
     BackendMissingError,
     IntegrityError,
@@ -290,12 +290,11 @@ def create_encoder(
     """
     info = backbone_info(backbone)
     size = backbone_kwargs.get("img_size", PreprocessSpec().input_size_px)
-    default_cut = int(0.8 * info.feature_dim)
     return Encoder(
         ModelSpec.create(
             name=backbone,
             backbone=backbone,
-            invariant_dim=default_cut if invariant_dim is None else invariant_dim,
+            invariant_dim=default_cut(info.feature_dim) if invariant_dim is None else invariant_dim,
             preprocess={"input_size_px": size},
             model_args=backbone_kwargs,
         )

@@ -5,6 +5,8 @@ A message says what happened with the actual value, what is allowed, and what to
 
 from collections.abc import Mapping, Sequence
 
+_LISTED = 10  # tensors of a kind that a message names
+
 
 class CleverZooError(Exception):
     """Root of all errors raised on purpose by clever_zoo and training."""
@@ -35,7 +37,35 @@ class IntegrityError(CleverZooError, OSError):
 
 
 class WeightsMismatchError(CleverZooError, ValueError):
-    """A weights file does not fit its backbone: missing, unexpected or misshapen tensors."""
+    """A weights file does not fit its backbone.
+
+    Attributes:
+        missing, unexpected: Names of tensors, sorted.
+        wrong: A line for each tensor of another shape or type.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        wrong: Sequence[str] = (),
+    ) -> None:
+        kinds = {"missing: ": missing, "unexpected: ": unexpected, "": wrong}
+        lines = [line for prefix, names in kinds.items() for line in _some(prefix, names)]
+        super().__init__(f"{source} does not fit its backbone:{''.join(lines)}")
+        self.source = source
+        self.missing, self.unexpected, self.wrong = map(tuple, (missing, unexpected, wrong))
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.source, self.missing, self.unexpected, self.wrong)
+
+
+def _some(prefix: str, names: Sequence[str]) -> list[str]:
+    """A line for each of the first names, and how many more there are."""
+    lines = [f"\n  - {prefix}{name}" for name in names[:_LISTED]]
+    rest = len(names) - _LISTED
+    return [*lines, f"\n  - {prefix}{rest} more"] if rest > 0 else lines
 
 
 class ImageError(CleverZooError, ValueError):

@@ -47,6 +47,9 @@ RELEASED: tuple[ModelSpec, ...] = (
 DEFAULT_TAGS = {"clever-resnet18": "fmnist", "clever-resnet50": "fmnist"}
 
 
+DEFAULT_MODEL = "clever-resnet50"  # where a command is given no model
+
+
 class HubPin(NamedTuple):
     """Where a released model lies on the Hub.
 

@@ -52,7 +52,7 @@ class _Reading(NamedTuple):
 
 
 def read_turn(
-    embedder: ImageEmbedder,
+    encoder: ImageEmbedder,
     a: ImageInput,
     b: ImageInput,
     *,
@@ -67,7 +67,7 @@ def read_turn(
     less.
 
     Args:
-        embedder: With a split.
+        encoder: With a split.
         a, b: Paths, PIL images or (H, W, 3) uint8 arrays.
         on_progress: Called after each batch with the number of pictures done, of `turn_pictures()`.
 
@@ -76,7 +76,7 @@ def read_turn(
         SpecError: If the features are not split.
         NonFiniteError: If a feature is not finite.
     """
-    spec = embedder.spec
+    spec = encoder.spec
     check_split(spec)
     sources: list[ImageInput] = [a, b, *sample_paths()]
     squares = np.stack([image_pixels(x, spec.preprocess, i) for i, x in enumerate(sources)])
@@ -84,7 +84,7 @@ def read_turn(
     numbers = np.concatenate([[0, 1], tested, fitted])
     angles = np.random.default_rng(0).uniform(-MAX_ANGLE_DEG, MAX_ANGLE_DEG, len(numbers))
     angles[:2] = 0
-    features = _equivariant(embedder, squares, numbers, angles, on_progress)
+    features = _equivariant(encoder, squares, numbers, angles, on_progress)
     pairs = 2 + len(tested)
     reading = _fit(features[pairs:], angles[pairs:])
     first, second = reading.degrees(features[:pairs]).reshape(-1, 2).T
@@ -127,7 +127,7 @@ def wrapped(degrees: Values) -> Values:
 
 
 def _equivariant(
-    embedder: ImageEmbedder,
+    encoder: ImageEmbedder,
     squares: Squares,
     numbers: NDArray[np.int64],
     degrees: Values,
@@ -138,13 +138,13 @@ def _equivariant(
     for start in range(0, len(numbers), _BATCH_SIZE):
         batch = slice(start, start + _BATCH_SIZE)
         pixels = turned(squares[numbers[batch]], degrees[batch])
-        rows.append(embedder.embed_pixels(pixels).equivariant.astype(np.float64))
+        rows.append(encoder.embed_pixels(pixels).equivariant.astype(np.float64))
         if on_progress is not None:
             on_progress(start + len(pixels))
     features = np.concatenate(rows)
     if not np.isfinite(features).all():
         raise NonFiniteError(
-            f"a picture's equivariant half of {embedder.spec.name} is not finite; check the "
+            f"a picture's equivariant half of {encoder.spec.name} is not finite; check the "
             "weights with clever-zoo verify"
         )
     return features

@@ -11,7 +11,6 @@ from clever_zoo.errors import IntegrityError, SpecError, WeightsMismatchError
 from clever_zoo.spec import MAX_JSON_BYTES, parse_json, problem_lines
 
 _LENGTH_BYTES = 8
-_MAX_LINES = 10
 # Bytes of a value by safetensors' names of the types.
 _BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -55,19 +54,17 @@ def check_tensors(
         WeightsMismatchError: Naming `source`, and listing missing, unexpected, misshapen and
             mistyped tensors.
     """
-    problems = [f"missing: {key}" for key in sorted(expected.keys() - stored.keys())]
-    problems += [f"unexpected: {key}" for key in sorted(stored.keys() - expected.keys())]
+    wrong = []
     for key in sorted(expected.keys() & stored.keys()):
         (dtypes, shape), found = expected[key], stored[key]
         if found.shape != shape:
-            problems.append(f"wrong shape: {key} is {found.shape}, expected {shape}")
+            wrong.append(f"wrong shape: {key} is {found.shape}, expected {shape}")
         elif found.dtype not in dtypes:
-            problems.append(f"wrong type: {key} is {found.dtype}, expected {' or '.join(dtypes)}")
-    if problems:
-        shown = "".join(f"\n  - {line}" for line in problems[:_MAX_LINES])
-        rest = len(problems) - _MAX_LINES
-        more = f"\n  and {rest} more" if rest > 0 else ""
-        raise WeightsMismatchError(f"{source} does not fit its backbone:{shown}{more}")
+            wrong.append(f"wrong type: {key} is {found.dtype}, expected {' or '.join(dtypes)}")
+    missing = sorted(expected.keys() - stored.keys())
+    unexpected = sorted(stored.keys() - expected.keys())
+    if missing or unexpected or wrong:
+        raise WeightsMismatchError(source, missing, unexpected, wrong)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

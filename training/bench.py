@@ -34,6 +34,7 @@ from bench.timing import canary_gflops, photograph, seconds, take_turns
 from clever_zoo.backbones import build_backbone, list_backbones, vmamba
 from clever_zoo.backbones.scan import selective_scan, selective_scan_loop
 from clever_zoo.cli import fail
+from clever_zoo.embedding import default_cut
 from clever_zoo.encoder import usable_device
 from clever_zoo.errors import CleverZooError, RecipeError
 from clever_zoo.files import write_atomic
@@ -197,7 +198,7 @@ def heads_memory(settings: dict[str, int], chunk_images: int | None, device: str
     torch.manual_seed(0)
     section = DinoSection(prototypes=settings["prototypes"], chunk_images=chunk_images)
     width = settings["feature_dim"]
-    clever = Clever(lambda w: Dino(w, section), width, int(0.8 * width), CleverSection())
+    clever = Clever(lambda w: Dino(w, section), width, default_cut(width), CleverSection())
     features = torch.randn(settings["views"], settings["batch"], width)
     clever, features = clever.to(device), features.to(device).requires_grad_()
 

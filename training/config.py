@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 from pydantic import Field, PositiveFloat, ValidationError, field_validator, model_validator
 
 from clever_zoo.backbones import BACKBONES, model_args_problems
+from clever_zoo.embedding import default_cut
 from clever_zoo.errors import RecipeError
 from clever_zoo.spec import IMAGENET_MEAN, IMAGENET_STD, problem_lines
 from training.clever import CleverSection
@@ -309,7 +310,7 @@ class Recipe(Section):
         """Where the features are cut: the recipe's own value, int(0.8 D), or D without CLeVER."""
         if self.clever is None:
             return self.feature_dim
-        return self.clever.invariant_dim or int(0.8 * self.feature_dim)
+        return self.clever.invariant_dim or default_cut(self.feature_dim)
 
     @property
     def method_row(self) -> MethodRow:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clever_zoo.errors import SpecError
+
 Reduction = Literal["mean_abs", "abs_mean", "mean_square"]
 BalanceScope = Literal["all", "mlp"]
 BalanceShape = Literal["absolute", "square", "log_ratio"]
@@ -156,8 +158,8 @@ def _reduced_cosines(cosines: Tensor, reduction: Reduction) -> Tensor:
         case "mean_square":
             return _mean_over_pairs(cosines.square().mean(-1))
         case _:
-            raise ValueError(
-                f"unknown reduction {reduction!r}; use 'mean_abs', 'abs_mean' or 'mean_square'"
+            raise SpecError(
+                f"reduction is {reduction!r}; use 'mean_abs', 'abs_mean' or 'mean_square'"
             )
 
 
@@ -193,7 +195,7 @@ def head_balance_loss(
         case "log_ratio":
             return (a / b).log().square()
         case _:
-            raise ValueError(f"unknown shape {shape!r}; use 'absolute', 'square' or 'log_ratio'")
+            raise SpecError(f"shape is {shape!r}; use 'absolute', 'square' or 'log_ratio'")
 
 
 def _squared_norm(head: nn.Module, scope: BalanceScope, normalize: bool) -> Tensor:

@@ -67,7 +67,7 @@ def gate_problems(record: Record) -> list[str]:
             f"{training['images_seen']:,}"
         )
     if baseline.get("shared_settings") != training.get("shared_settings"):
-        problems.append("the baseline's recipe differs in more than name, clever and run")
+        problems.append("the baseline's recipe has other settings, and not of clever and run alone")
     for part in (training, *training.get("continued_under", [])):
         if not re.fullmatch("[0-9a-f]{40}", part["commit"]):
             problems.append(f"it was trained from {part['commit']!r}, not from a commit")

@@ -44,6 +44,10 @@ def load_run(folder: Path) -> tuple[Recipe, nn.Module, dict[str, Any]]:
 
 
 def shared_settings(recipe: Recipe) -> str:
-    """A digest of what a model and its baseline have in common: all but name, clever and run."""
-    content = recipe.model_dump_json(exclude={"name", "clever", "run"})
+    """A digest of what a model and its baseline have in common.
+
+    That is all but name, clever, run, and the mask, which belongs to the transform term.
+    """
+    others: dict[str, Any] = {"name": True, "clever": True, "run": True, "views": {"disc_mask"}}
+    content = recipe.model_dump_json(exclude=others)
     return hashlib.sha256(content.encode()).hexdigest()

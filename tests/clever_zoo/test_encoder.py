@@ -248,6 +248,17 @@ def test_wrong_tensors_are_listed(folders, tmp_path: Path) -> None:
         assert line in str(caught.value)
 
 
+def test_a_mismatch_names_some_of_each_kind_and_keeps_all() -> None:
+    missing, unexpected = [f"m{i}" for i in range(30)], ["u"]
+    error = errors.WeightsMismatchError("x", missing, unexpected, ["wrong shape: w"])
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301
+    for found in (error, again):
+        assert str(found).count("missing: m") == 10
+        for line in ("missing: 20 more", "unexpected: u", "wrong shape: w"):
+            assert f"  - {line}" in str(found)
+        assert (found.missing, found.unexpected) == (tuple(missing), ("u",))
+
+
 def edited(folder: Path, target: Path, edit) -> Path:
     folder = damaged(folder, target)
     config = json.loads((folder / "config.json").read_text())

@@ -423,7 +423,7 @@ def test_the_gate(finished: Record) -> None:
     worse = with_training(worse, "baseline", shared_settings="other")
     problems = release.gate_problems(worse)
     assert len(problems) == 7
-    for text in ("'abc+changes'", "'def+changes'", "differs in more than name, clever and run"):
+    for text in ("'abc+changes'", "'def+changes'", "not of clever and run alone"):
         assert text in "".join(problems)
     unmeasured = finished.model_copy(update={"results": ()})
     problems = release.gate_problems(unmeasured)
@@ -438,6 +438,9 @@ def test_baselines_share_what_is_not_clevers(record: Record) -> None:
     wrapped, plain = (load_recipe(f"{k}-resnet18.fmnist", MINIATURE) for k in ("clever", "dino"))
     assert facts == [shared_settings(wrapped), shared_settings(plain)]
     assert len(set(facts)) == 1
+    beyond = load_recipe("clever-resnet18.fmnist_plus", MINIATURE)
+    assert beyond.views.disc_mask
+    assert shared_settings(beyond) == facts[0]
     for change in ("seed=1", "optimizer.weight_decay=0.1", "views.local_views=1"):
         other = load_recipe("dino-resnet18.fmnist", [*MINIATURE, change])
         assert shared_settings(other) != facts[0]
