@@ -39,7 +39,8 @@ FIGURES = {
     "drift": "How far a rotation moves the features, relative to their length",
 }
 
-_DECIMALS = {"r2": 2, "ratio": 3}
+# By the first word of a metric's name; what is not here is a percentage or an angle.
+_DECIMALS = {"r2": 2} | dict.fromkeys(("ratio", "j", "f", "max", "iou", "accuracy"), 3)
 _CLASSIFYING = {
     "knn": "k-NN",
     "linear_cached": "linear probe",
@@ -285,10 +286,10 @@ def shortfalls(record: Record) -> list[str]:
                 f"`{network.name}` was stopped after {epochs:.1f} of its {facts['epochs']} epochs "
                 f"({facts['steps']:,} steps)."
             )
-    if model and baseline and "images_seen" in model.training:
-        more = baseline.training["images_seen"] / model.training["images_seen"] - 1
-        if more > 0:
-            found.append(f"The baseline saw {more:.0%} more images than the model.")
+    seen = [n.training.get("images_seen", 0) for n in (model, baseline) if n]
+    if len(seen) == 2 and 0 < seen[0] < seen[1]:
+        more = seen[1] / seen[0] - 1
+        found.append(f"The baseline saw {more:.1%} more images than the model.")
     clean, columns = METRICS[0], _columns_by_role(record)
     if {"model", "pixels"} <= columns.keys():
         ours = columns["model"].find(clean, "invariant")

@@ -196,19 +196,6 @@ class Record(_Frozen):
         key = (network, "test", task, features, perturbation, interpolation, part, metric, at)
         return next((row for row in self.results if row.key == key), None)
 
-    def curve(
-        self, network: str, task: str, metric: str, part: Part, **protocol: Any
-    ) -> list[Result]:
-        """The rows of a curve by rising `at`; protocol fields as in `find`."""
-        rows = [
-            row
-            for row in self.results
-            if (row.network, row.protocol, row.part, row.metric)
-            == (network, Protocol(task=task, **protocol), part, metric)
-            and row.at is not None
-        ]
-        return sorted(rows, key=lambda row: row.at or 0.0)
-
     def updated(self, newer: "Record") -> "Record":
         """This record with the rows of a newer one over its own.
 

@@ -50,7 +50,6 @@ def test_numbers_are_found_by_their_key() -> None:
     assert r.find("a", "knn", "top1", "full", at=100.0, perturbation="r").mean == 3
     assert r.find("a", "knn", "top1", "full") is None
     assert r.find("b", "knn", "top1", "full", at=20.0) is None
-    assert [x.mean for x in r.curve("a", "knn", "top1", "full")] == [2, 1]
     assert r.network("baseline").name == "b"
     assert r.network("pixels") is None
 
@@ -62,8 +61,10 @@ def test_newer_rows_replace_older_ones_and_other_weights_take_theirs_along() -> 
     assert {(x.network, x.at): x.mean for x in both.results} == {("a", 20.0): 9, ("a", 10.0): 2}
     assert both.environments[both.find("a", "knn", "top1", "full", at=20.0).environment] == THERE
     assert both.environments[both.find("a", "knn", "top1", "full", at=10.0).environment] == HERE
-    with pytest.raises(DataError, match="dataset is 'fashion-mnist', the new one's 'other'"):
-        old.updated(new.model_copy(update={"dataset": "other"}))
+    others = {"model": "other", "dataset": "other", "invariant_dim": 2, "images": {"train": 7}}
+    for key, value in others.items():
+        with pytest.raises(DataError, match=f"the record's {key} is .* write to another file"):
+            old.updated(new.model_copy(update={key: value}))
 
 
 def test_rows_of_other_images_are_not_mixed() -> None:
@@ -79,6 +80,9 @@ def test_rows_of_other_images_are_not_mixed() -> None:
 def test_rows_of_a_task_that_means_something_else_now_are_dropped() -> None:
     old = record(row(mean=1), row("b", 2))
     new = record(row(mean=3)).model_copy(update={"tasks": {"knn": "something else"}})
+    assert [(x.network, x.mean) for x in old.updated(new).results] == [("a", 3)]
+    texts = record(row(mean=3)).perturbations | {"ori": "something else"}
+    new = record(row(mean=3)).model_copy(update={"perturbations": texts})
     assert [(x.network, x.mean) for x in old.updated(new).results] == [("a", 3)]
 
 

@@ -4,6 +4,8 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +43,7 @@ from training.evaluate.perturb import (
     draw_jitter,
     perturb,
 )
-from training.evaluate.suite import task_texts
+from training.evaluate.suite import evaluate_subject, task_texts
 from training.runs import load_run, shared_settings
 
 MINIATURE = ["epochs=1", "batch_size=16", "method.prototypes=64", "method.hidden_dim=64"]
@@ -96,6 +98,10 @@ def test_rotation_is_the_drawn_one_and_uniform(rng) -> None:
     expected = [np.array(F.rotate(i, float(a))) for i, a in zip(images, angles, strict=True)]
     ours = perturb(x, np.arange(4), "r", 5).permute(0, 2, 3, 1).numpy()
     assert np.abs(ours - np.stack(expected)).mean() <= 0.5
+    factors = draw_jitter(np.arange(20_000), 0)[1]
+    limits = [0.6, 0.6, 0.6, -0.1], [1.4, 1.4, 1.4, 0.1]
+    for found, limit in zip((factors.amin(0), factors.amax(0)), limits, strict=True):
+        torch.testing.assert_close(found, torch.tensor(limit), atol=1e-3, rtol=0)
     many = draw_angles(np.arange(20_000), 0)
     assert many.abs().max() <= 90
     counts = torch.histc(many, 10, -90, 90)
@@ -230,13 +236,15 @@ def test_the_record_has_every_network_protocol_and_part(record: Record) -> None:
         assert count[network.name, "linear_cached"] == parts * 11
         reference = 0 if network.role == "pixels" else parts * 10
         assert count[network.name, "linear_reference"] == reference
-        assert count[network.name, "finetune_short"] == 2 * (network.role == "model")
+        tuned = network.role in ("model", "baseline")
+        assert count[network.name, "finetune_short"] == 2 * tuned
     for row in record.results:
         assert 0 <= row.mean <= 100
         assert row.n == 300
         random = row.protocol.perturbation != "ori"
         seeded = row.protocol.task.endswith(("_short", "_reference"))
         assert len(row.seeds) == (3 if random else seeded)
+    assert any(row.std > 0 for row in record.results)
     assert record.images == {"train": 300, "test": 300}
     # The gallery and the clean queries are the same pictures, so each query finds itself.
     assert top1(record, "pixels", "full") > 60
@@ -388,6 +396,41 @@ def finished(runs: Path, record: Record, monkeypatch: pytest.MonkeyPatch) -> Rec
     return with_row(record, "pixels", "full", "cj_r", 35.0)
 
 
+def test_networks_of_one_name_are_refused(runs: Path, fashion_mnist_folder: Path, tmp_path) -> None:
+    run = runs / "clever-resnet18.fmnist"
+    arguments = [run, "--baseline", run, "--data", fashion_mnist_folder, "-o", tmp_path]
+    result = run_evaluation(*arguments, "--tasks", "knn")
+    assert result.exit_code == 2
+    assert "two of the networks are called 'clever-resnet18.fmnist'" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_reference_probe_resizes_as_published(record: Record) -> None:
+    """Bicubic for clean images, bilinear for perturbed ones."""
+    rows = [r for r in record.results if r.protocol.task == "linear_reference"]
+    found = {(r.protocol.perturbation == "ori", r.protocol.interpolation) for r in rows}
+    assert found == {(True, "bicubic"), (False, "bilinear")}
+
+
+def test_last_is_the_last_epoch_and_best_the_best(fashion_mnist_folder: Path, monkeypatch) -> None:
+    def fit(*arguments: Any, **_: Any) -> dict[str, Any]:
+        probe = SimpleNamespace(scores=lambda features: torch.zeros(len(features), 10))
+        return {
+            name: SimpleNamespace(top1=(10.0, 90.0, 50.0), probe=probe) for name in arguments[3]
+        }
+
+    monkeypatch.setattr("training.evaluate.suite.fit_reference", fit)
+    monkeypatch.setattr("training.evaluate.suite.LINEAR_PERTURBATIONS", ("ori",))
+    encoder = clever_zoo.from_pretrained("clever-resnet18")
+    data = load_fashion_mnist(fashion_mnist_folder, "test")
+    images = EvaluationImages(data, encoder.spec.preprocess, "test")
+    network = subject(encoder, "model", {}, 409)
+    rows = evaluate_subject(network, images, images, ["linear_reference"], crops=data)
+    found = {(row.metric, row.part): row.mean for row in rows}
+    assert {m: found[m, "full"] for m, _ in found} == {"top1_last": 50.0, "top1_best": 90.0}
+    assert len(found) == 6
+
+
 def test_a_network_of_the_papers_terms_stands_beside_a_model_with_more(
     runs: Path, record: Record, finished: Record, fashion_mnist_folder: Path, tmp_path: Path
 ) -> None:
@@ -410,6 +453,16 @@ def test_an_unfinished_run_is_not_released(runs: Path, record: Record, tmp_path:
     assert "--accept-shortfalls" in str(caught.value)
     assert "other values than the bundled recipe: batch_size: checkpoint" in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_baseline_without_facts_of_training_is_a_problem_and_no_crash(finished: Record) -> None:
+    networks = [
+        n.model_copy(update={"training": {}}) if n.role == "baseline" else n
+        for n in finished.networks
+    ]
+    unknown = finished.model_copy(update={"networks": tuple(networks)})
+    assert shortfalls(unknown) == []
+    assert any("the baseline saw 0 images" in text for text in release.gate_problems(unknown))
 
 
 def test_the_gate(finished: Record) -> None:
@@ -457,7 +510,7 @@ def test_shortfalls_are_accepted_by_hand_and_stand_in_the_card(
     assert release.gate_problems(record) == []
     stopped, uneven, behind = sentences = shortfalls(record)
     assert f"stopped after {seen / record.images['train']:.1f} of its 2 epochs" in stopped
-    assert "The baseline saw 100% more images" in uneven
+    assert "The baseline saw 100.0% more images" in uneven
     assert "99.0, the invariant half" in behind
     run = runs / "clever-resnet18.fmnist"
     with pytest.raises(DataError, match=r"was stopped after .*--accept-shortfalls"):

@@ -222,6 +222,7 @@ def test_cells() -> None:
     assert metric_cell(several) == "72.9 ± 0.0"
     assert metric_cell(several.model_copy(update={"seeds": (0,)})) == "72.9"
     assert metric_cell(Result(**facts, metric="r2_x", mean=-0.004)) == "0.00"
+    assert metric_cell(Result(**facts, metric="iou", mean=0.6514)) == "0.651"
     assert metric_cell(None) == ""
 
 
@@ -240,6 +241,14 @@ def test_findings_state_both_halves_and_controls(record: Record) -> None:
     )
     better = changed(record, network=NAME, task="angle", metric="r2", part="equivariant")
     assert f"above the invariant half in 1 of {count}" in findings(better)[-1]
+    unread = [
+        r.model_copy(update={"mean": -0.1 * (2 + PARTS.index(r.part))})
+        if r.metric == "r2_hue"
+        else r
+        for r in record.results
+    ]
+    unread = record.model_copy(update={"results": tuple(unread)})
+    assert f"half in 0 of {count - 1}, " in findings(unread)[-1]
 
 
 def test_no_finding_without_a_number_of_the_model(record: Record) -> None:

@@ -16,9 +16,9 @@ import clever_zoo
 from clever_zoo.errors import DataError, NonFiniteError, ShapeError
 from clever_zoo.samples import sample_class, sample_paths
 from tests import oracles
-from training.evaluate import linear
+from training.evaluate import knn, linear
 from training.evaluate.inputs import features_of, parts_of, subject
-from training.evaluate.knn import TEMPERATURE, knn_scores
+from training.evaluate.knn import knn_scores
 from training.evaluate.linear import fit_cached, fit_reference
 from training.evaluate.scores import top_k
 from training.views import crop_and_flip
@@ -114,13 +114,23 @@ def test_knn_is_that_of_scikit_learn(embedded, part: str) -> None:
     assert tuple(votes) == ks
     for k in ks:
         peer = KNeighborsClassifier(
-            k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / TEMPERATURE)
+            k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
         ).fit(x.numpy(), y.numpy())
         shares = peer.predict_proba(test_x.numpy())
         expected = (shares.argmax(1) == test_y.numpy()).mean() * 100
         assert top_k(votes[k], test_y, 1) == pytest.approx(expected, abs=0.2)
         ours = votes[k] / votes[k].sum(1, keepdim=True)
         np.testing.assert_allclose(np.median(np.abs(ours.numpy() - shares)), 0, atol=1e-4)
+
+
+def test_chunks_of_rows_change_nothing(rng, monkeypatch) -> None:
+    x, test_x = (torch.from_numpy(rng.normal(size=(n, 8))).float() for n in (300, 40))
+    y = torch.from_numpy(rng.integers(0, 10, 300))
+    whole = knn_scores(x, y, test_x, ks=(20,), classes=10)[20], fit_cached(x, y, 10).weight
+    monkeypatch.setattr(knn, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(linear, "_CHUNK_ROWS", 70)
+    torch.testing.assert_close(knn_scores(x, y, test_x, ks=(20,), classes=10)[20], whole[0])
+    torch.testing.assert_close(fit_cached(x, y, 10).weight, whole[1], atol=1e-4, rtol=1e-3)
 
 
 def test_one_k_gives_the_votes_of_many(embedded) -> None:

@@ -141,17 +141,19 @@ def test_vicregs_variance_is_a_term_of_its_own() -> None:
         ({}, {}),
         ({"equivariant_variance_weight": 2.0}, {}),
         ({"equivariant_variance_weight": 2.0}, {"orthogonality_weight": 0.0}),
+        ({"equivariant_variance_weight": 1.0}, {}),
     ):
         content = SMALL | {"method": section | extra, "clever": clever}
         content["views"] = content["views"] | {"local_views": 0}
         method = Objective(parse_recipe(content, "test")).method
         features = torch.randn(2, 8, 512, generator=torch.Generator().manual_seed(0))
         terms.append(method.loss_terms(features, features, 0))
-    plain, weighted, alone = terms
+    plain, weighted, alone, half = terms
     assert "equivariant_variance" not in plain
     assert torch.equal(plain["orthogonality"], weighted["orthogonality"])
     assert torch.equal(weighted["equivariant_variance"], alone["equivariant_variance"])
-    assert weighted["equivariant_variance"] > 0
+    assert half["equivariant_variance"] > 0
+    assert torch.equal(weighted["equivariant_variance"], 2 * half["equivariant_variance"])
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,25 @@ def test_without_weight_the_objective_is_the_papers_to_the_bit() -> None:
     assert all(torch.equal(terms[0][k], terms[1][k]) for k in terms[0])
 
 
+def test_twice_the_weight_is_twice_the_term() -> None:
+    weights = ("orthogonality", "head_balance", "transform", "alignment")
+    found = []
+    for doubled in (None, *weights):
+        clever = {f"{name}_weight": 0.6 if name == doubled else 0.3 for name in weights}
+        recipe = small_recipe("dino", clever=clever)
+        objective = Objective(recipe)
+        with torch.no_grad():  # equal heads have no difference to weigh
+            next(objective.method.equivariant.parameters()).mul_(2)
+        views, samples = views_of(recipe)
+        found.append({k: v.item() for k, v in objective(views, samples, 0)[0].items()})
+    plain, *others = found
+    for name, terms in zip(weights, others, strict=True):
+        assert plain[name] > 0
+        for term, value in terms.items():
+            expected = plain[term] * (2 if term == name else 1)
+            assert value == pytest.approx(expected, rel=1e-5), (name, term)
+
+
 def test_the_term_teaches_the_equivariant_half_alone() -> None:
     recipe = small_recipe("dino", clever={"transform_weight": 1.0, "transform_hidden_dim": 8})
     objective = Objective(recipe)

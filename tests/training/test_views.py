@@ -201,6 +201,21 @@ def test_a_view_depends_on_its_own_key_alone(rng, pipeline) -> None:
     assert (whole.pixels[0] != whole.pixels[1]).any()
 
 
+def test_chunks_of_views_change_nothing(rng, monkeypatch) -> None:
+    images = torch.from_numpy(rng.integers(0, 256, (7, 1, 28, 28), dtype=np.uint8))
+    whole = views()(images, np.arange(7), epoch=0)
+    monkeypatch.setattr("training.views._CHUNK_VALUES", 3 * 32 * 32)
+    for a, b in zip(whole.pixels, views()(images, np.arange(7), epoch=0).pixels, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_styles_are_the_authors() -> None:
+    order = ("flip", "rotate", "elastic", "jitter", "grayscale", "blur", "solarize")
+    assert (STYLES["dino"].order, STYLES["dino"].interpolation) == (order, "bicubic")
+    order = ("jitter", "grayscale", "blur", "flip", "rotate", "elastic")
+    assert (STYLES["simsiam"].order, STYLES["simsiam"].interpolation) == (order, "bilinear")
+
+
 def test_views_come_with_what_was_done(rng) -> None:
     images = torch.from_numpy(rng.integers(0, 256, (5, 3, 40, 40), dtype=np.uint8))
     made = views()(images, np.arange(5), epoch=0)

@@ -109,6 +109,7 @@ def evaluate(
         subject(fresh, "untrained", {"seed": seed}, cut),
         raw_pixels(train),
     ]
+    _check_names([s.network.name for s in subjects])
     chosen = [s for s in subjects if s.network.role in roles]
     texts = task_texts(reference_epochs, seed, shuffled=train.shuffled or test.shuffled)
     for number, s in enumerate(chosen, 1):
@@ -135,6 +136,20 @@ def evaluate(
             environments=(Environment(**environment(device), versions=library_versions()),),
             results=tuple(results),
         )
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Refuse two networks of one name, which a record could not tell apart.
+
+    Raises:
+        DataError: Naming it.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(
+                f"two of the networks are called {name!r}; save one under another name "
+                "(spec.name), or train it from a recipe of another name"
+            )
 
 
 def _recipe(source: str, encoder: Encoder) -> Recipe | None:

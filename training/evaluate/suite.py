@@ -186,7 +186,7 @@ def evaluate_subject(
                 seed=seed,
                 label=label,
             )
-    if "finetune" in tasks and subject.network.role == "model":
+    if "finetune" in tasks and subject.network.role in ("model", "baseline"):
         for task in FINETUNES:
             _finetune(rows, subject, crops, test, task)
     if "equivariance" in tasks:
