@@ -50,6 +50,7 @@ RECORDS = Path("training") / "records"
 CARDS = Path("model_cards")
 COMPARISON = Path("training") / "COMPARISON.md"
 REPORT = "report.html"
+REPEATED = "clever-resnet18.fmnist"  # trained twice, to see how far two runs differ
 VANISHED = 0.1  # points; a published gain of no more is none
 
 # CLeVER against DINO: the rows of the comparison beyond those of the cards.
@@ -117,6 +118,7 @@ def rendered_files(root: Path = CHECKOUT) -> dict[Path, str]:
             "trials": runs_table("trial", root),
             "plus": runs_table("plus", root),
             "short": runs_table("short", root),
+            "again": runs_table("again", root, [records[REPEATED]]),
             "bench": bench_tables(root),
             "finetune": finetune_lines(root),
             "reproduce": reproduce_table(records.values()),
