@@ -184,12 +184,11 @@ def embed_files(
     """
     check_batch_size(batch_size)
     check_choice("on_error", on_error, get_args(OnError))
-    check_choice("decoder", decoder, get_args(Decoder))
     write = output_writer(out)
-    pixel_loader(decoder)  # what is missing for it is said before anything is removed
+    # What is wrong with the decoder or the first path is said before anything is removed.
+    pixel_loader(decoder)
     paths = iter(paths)
-    first = list(itertools.islice(paths, 1))
-    paths = itertools.chain(first, paths)
+    paths = itertools.chain([*itertools.islice(paths, 1)], paths)
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = _metadata(encoder, decoder)
     folder = PartFolder(out, metadata | _settings(encoder, batch_size))

@@ -140,7 +140,8 @@ def columns_of(record: Record) -> list[Column]:
     return [Column(n.name, record, n.name, n.role) for n in ordered]
 
 
-def _columns_by_role(record: Record) -> dict[Role, Column]:
+def columns_by_role(record: Record) -> dict[Role, Column]:
+    """The networks of a record, which holds one of each role."""
     return {column.role: column for column in columns_of(record)}
 
 
@@ -222,7 +223,7 @@ _CUTS: dict[Role, str] = {
 
 def findings(record: Record) -> list[str]:
     """What was measured of each half in sentences, whether or not it fits the half's name."""
-    columns = _columns_by_role(record)
+    columns = columns_by_role(record)
     if "model" not in columns:
         return []
     classes = [metric for metric in METRICS if metric.task in _CLASSIFYING]
@@ -286,11 +287,12 @@ def shortfalls(record: Record) -> list[str]:
                 f"`{network.name}` was stopped after {epochs:.1f} of its {facts['epochs']} epochs "
                 f"({facts['steps']:,} steps)."
             )
-    seen = [n.training.get("images_seen", 0) for n in (model, baseline) if n]
-    if len(seen) == 2 and 0 < seen[0] < seen[1]:
-        more = seen[1] / seen[0] - 1
-        found.append(f"The baseline saw {more:.1%} more images than the model.")
-    clean, columns = METRICS[0], _columns_by_role(record)
+    if model and baseline:
+        seen, rival = (n.training.get("images_seen", 0) for n in (model, baseline))
+        if 0 < seen < rival:
+            more = rival / seen - 1
+            found.append(f"The baseline saw {more:.1%} more images than the model.")
+    clean, columns = METRICS[0], columns_by_role(record)
     if {"model", "pixels"} <= columns.keys():
         ours = columns["model"].find(clean, "invariant")
         theirs = columns["pixels"].find(clean, "full")

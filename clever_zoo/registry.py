@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from clever_zoo.backbones import BACKBONES, backbone_info
 from clever_zoo.errors import UnknownModelError
+from clever_zoo.sources import is_onnx_path
 from clever_zoo.spec import ModelSpec, PreprocessSpec, Provenance, WeightFile
 
 RELEASED: tuple[ModelSpec, ...] = (
@@ -45,7 +46,6 @@ RELEASED: tuple[ModelSpec, ...] = (
 
 # The released weights that a name without a tag stands for.
 DEFAULT_TAGS = {"clever-resnet18": "fmnist", "clever-resnet50": "fmnist"}
-
 
 DEFAULT_MODEL = "clever-resnet50"  # where a command is given no model
 
@@ -122,7 +122,7 @@ def model_info(name: str) -> ModelSpec:
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     folder = len(name) < 256 and Path(name).is_dir()
     local = f"For the local folder write 'local-dir:{name}'. " if folder else ""
-    if name.endswith(".onnx"):
+    if is_onnx_path(name):
         local = "An ONNX file is opened with clever_zoo.OnnxEncoder.from_pretrained. "
     raise UnknownModelError(
         f"unknown model {name!r}; {hint}{local}"

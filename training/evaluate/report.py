@@ -21,9 +21,9 @@ from clever_zoo.cards import (
     FIGURES,
     METRICS,
     READINGS,
-    Column,
     Metric,
     card_figures,
+    columns_by_role,
     columns_of,
     decimals_of,
     every_metric,
@@ -41,7 +41,7 @@ from clever_zoo.embedding import Part
 from clever_zoo.errors import CleverZooError, DataError
 from clever_zoo.figures import STYLE, figure_tag, html_page, html_table
 from clever_zoo.files import write_atomic
-from clever_zoo.records import PARTS, RESULTS_FILENAME, Record
+from clever_zoo.records import PARTS, RESULTS_FILENAME, Network, Record
 from clever_zoo.registry import list_models, model_info
 from training.evaluate import plots
 
@@ -187,13 +187,14 @@ def runs_table(kind: str, root: Path = CHECKOUT, beside: Iterable[Record] = ()) 
     controls = [c for c in columns_of(records[0]) if c.role != "model"]
     rows = (*METRICS, *READINGS[1:3], *ERRORS)
     table = markdown_table(table_rows([*models, *controls], rows))
-    return "\n".join([table, "", *(_run_line(column) for column in models)])
+    trained = [network for record in records if (network := record.network("model"))]
+    return "\n".join([table, "", *map(_run_line, trained)])
 
 
-def _run_line(model: Column) -> str:
-    t = next(n.training for n in model.record.networks if n.role == model.role)
+def _run_line(network: Network) -> str:
+    t = network.training
     return (
-        f"- `{model.heading}`: seed {t['seed']}, {t['steps']} steps, {t['images_seen']:,} "
+        f"- `{network.name}`: seed {t['seed']}, {t['steps']} steps, {t['images_seen']:,} "
         f"images in {t['seconds'] / 60:.0f} minutes on {t['hardware']}; commit {t['commit'][:7]}"
     )
 
@@ -368,7 +369,7 @@ def comparison(records: Iterable[tuple[str, Record]], published: Mapping[str, An
 
 
 def _compared(backbone: str, record: Record) -> str:
-    columns = {column.role: column for column in columns_of(record)}
+    columns = columns_by_role(record)
     model, baseline = columns["model"], columns["baseline"]
     rows = [
         [
