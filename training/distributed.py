@@ -62,7 +62,7 @@ def joined_processes(device: str) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def spread(objective: nn.Module, processes: Processes, *, compiled: bool) -> nn.Module:
+def spread(objective: nn.Module, processes: Processes) -> nn.Module:
     """What to call instead of the objective, so that all processes compute its gradient together.
 
     Batch-norm is synchronised on GPUs; PyTorch has no such layer for CPUs, where each process
@@ -70,10 +70,6 @@ def spread(objective: nn.Module, processes: Processes, *, compiled: bool) -> nn.
     """
     if processes.world_size > 1 and processes.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(objective)
-    if compiled:
-        for network in (objective.student, objective.teacher):
-            if network is not None:
-                network.compile()
     if processes.world_size == 1:
         return objective
     return DistributedDataParallel(objective, broadcast_buffers=False)

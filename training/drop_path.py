@@ -17,22 +17,23 @@ class SampledDropPath(nn.Module):
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
         self.drop_prob = drop_prob
-        self.draws = torch.empty(0)  # (B,), uniform in [0, 1)
+        # (B,): 0 or 1 / (1 - drop_prob). The pass reads nothing else, so that blocks of different
+        # rates are compiled as one.
+        self.scales = torch.empty(0) if drop_prob else None
 
     def forward(self, x: Tensor) -> Tensor:
         """In training, zero the chosen rows and scale the others by 1 / (1 - drop_prob)."""
-        if not self.training or not self.drop_prob:
+        if not self.training or self.scales is None:
             return x
-        kept = (self.draws >= self.drop_prob).to(x.dtype) / (1 - self.drop_prob)
-        return x * kept.view(-1, *[1] * (x.ndim - 1))
+        return x * self.scales.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
-def use_sampled_drop_path(network: nn.Module) -> None:
-    """Replace every timm DropPath in a network."""
+def use_sampled_drop_path(network: nn.Module, share: float = 1.0) -> None:
+    """Replace every DropPath in a network, timm's or ours, by one of `share` times its rate."""
     for module in list(network.modules()):
         for name, child in module.named_children():
-            if isinstance(child, DropPath):
-                setattr(module, name, SampledDropPath(child.drop_prob))
+            if isinstance(child, (DropPath, SampledDropPath)):
+                setattr(module, name, SampledDropPath(share * child.drop_prob))
 
 
 def choose_paths(
@@ -50,7 +51,9 @@ def choose_paths(
     draws = np.concatenate(
         [uniforms(seed, epoch, samples, _STREAM + view, len(layers)) for view in views]
     )
+    rates = torch.tensor([layer.drop_prob for layer in layers], dtype=torch.float64)
+    kept = torch.from_numpy(draws).float() >= rates.float()
     device = next(network.parameters()).device
-    columns = torch.from_numpy(draws).float().to(device).unbind(1)
+    columns = (kept / (1 - rates).float()).to(device).unbind(1)
     for layer, column in zip(layers, columns, strict=True):
-        layer.draws = column
+        layer.scales = column

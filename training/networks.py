@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from clever_zoo.backbones import build_backbone
 from training import ema
 from training.config import BackboneConfig
-from training.drop_path import SampledDropPath, choose_paths, use_sampled_drop_path
+from training.drop_path import choose_paths, use_sampled_drop_path
 
 
 class _DinoVisionTransformer(VisionTransformer):
@@ -65,10 +65,15 @@ def zero_last_gains(network: nn.Module) -> None:
 def build_teacher(student: nn.Module, config: BackboneConfig) -> nn.Module:
     """A frozen copy of the student, which drops as many paths as the recipe says."""
     teacher = ema.frozen_copy(student)
-    paths = [module for module in teacher.modules() if isinstance(module, SampledDropPath)]
-    for module in paths:
-        module.drop_prob *= config.teacher_drop_path_rate / config.drop_path_rate
+    if config.drop_path_rate:
+        use_sampled_drop_path(teacher, config.teacher_drop_path_rate / config.drop_path_rate)
     return teacher
+
+
+def compile_network(network: nn.Module) -> None:
+    """Compile a ViT block by block, which are alike: once for all of them; another one whole."""
+    for module in network.blocks if isinstance(network, VisionTransformer) else [network]:
+        module.compile()
 
 
 def forward_views(

@@ -16,7 +16,7 @@ from training.diagnostics import (
     usage_entropy,
 )
 from training.methods.base import Method
-from training.networks import build_student, build_teacher, forward_views
+from training.networks import build_student, build_teacher, compile_network, forward_views
 from training.small_maps import use_small_map_convolutions
 from training.transform import TransformTerm
 from training.views import Views
@@ -55,6 +55,9 @@ class Objective(nn.Module):
             if recipe.method_row.build.has_teacher
             else None
         )
+        if recipe.run.compile:
+            for network in filter(None, (self.student, self.teacher)):
+                compile_network(network)
         self.method = build_method(recipe)
         section = recipe.clever
         self.transform = (

@@ -212,7 +212,7 @@ def train(
     fixed = {"steps": total, "data_sha256": data.digest(), "world_size": processes.world_size}
     progress = state.resume(out, fixed, elastic=elastic)
     check_agreement(progress["step"], fixed["data_sha256"], device)
-    distributed = spread(objective, processes, compiled=recipe.run.compile)
+    distributed = spread(objective, processes)
     make_views = build_views(recipe)
     batches = step_batches(data, recipe, range(progress["step"], end), processes, workers)
     half = HALF.get(recipe.run.precision)
