@@ -211,7 +211,7 @@ class RunConfig(Section):
         smoke: A miniature of the recipe: two steps on made-up images, on a CPU in seconds.
         precision: "fp16" (with a loss scale) and "bf16" compute matrix products and convolutions
             in half precision; weights and losses stay in float32.
-        compile: Compile the backbones; changes rounding alone.
+        compile: Compile the backbones, a ViT's blocks as one; changes rounding alone.
         small_map_products: Convolutions on maps of a few pixels as matrix products; changes
             rounding alone. ResNet-50's passes at 32 pixels are 2.1 times as fast on a CPU.
         accumulation_steps: Parts in which a process takes its share of a batch.

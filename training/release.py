@@ -21,15 +21,18 @@ from clever_zoo.errors import CleverZooError, DataError
 from clever_zoo.files import write_atomic
 from clever_zoo.golden import GOLDEN_FILENAME, golden_values
 from clever_zoo.records import RESULTS_FILENAME, ROLES, Record, Role
+from clever_zoo.samples import sample_paths
 from clever_zoo.spec import ModelSpec, Provenance
 from training.checkpoint import CHECKPOINT, recipe_difference, recorded_recipe
 from training.config import load_recipe
 from training.evaluate.inputs import load_encoder
+from training.runs import load_run
 
 MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
 NEIGHBORS = 20.0  # the k of the gate's k-NN
 ABOVE_UNTRAINED = 15.0
 ABOVE_PIXELS = 25.0
+STORED_COSINE = 0.9999  # of each half with the trained one, at least
 
 
 def gate_problems(record: Record) -> list[str]:
@@ -102,7 +105,11 @@ def release(
     """
     encoder, training = load_encoder(run)
     weights = encoder.spec.weights
-    problems = gate_problems(record) + _recipe_problems(run, record)
+    problems = [
+        *gate_problems(record),
+        *_recipe_problems(run, record),
+        *_storage_problems(run, encoder),
+    ]
     measured = record.network("model")
     if measured is None or weights is None or measured.sha256 != weights.sha256:
         problems.append("the record is of other weights than the run's; evaluate it again")
@@ -128,6 +135,20 @@ def release(
     record.write(folder / RESULTS_FILENAME)
     write_atomic(folder / "README.md", render_card(saved, record).encode())
     return saved
+
+
+def _storage_problems(run: Path, stored: Encoder) -> list[str]:
+    """Halves that the stored weights make otherwise than the trained ones, on bundled pictures."""
+    _, backbone, _ = load_run(run)
+    trained = Encoder(stored.spec, backbone).eval()
+    ours, theirs = (encoder.embed(sample_paths()).normalized() for encoder in (stored, trained))
+    least = {half: (ours[i] * theirs[i]).sum(1).min() for i, half in enumerate(ours._fields)}
+    return [
+        f"the {half} half of the stored weights has a cosine of {cosine:.6f} with the trained "
+        f"one's on a bundled picture; at least {STORED_COSINE} is wanted"
+        for half, cosine in least.items()
+        if not cosine >= STORED_COSINE
+    ]
 
 
 def _recipe_problems(run: Path, record: Record) -> list[str]:

@@ -44,6 +44,7 @@ from training.evaluate.perturb import (
     perturb,
 )
 from training.evaluate.suite import evaluate_subject, task_texts
+from training.networks import build_student
 from training.runs import load_run, shared_settings
 
 MINIATURE = ["epochs=1", "batch_size=16", "method.prototypes=64", "method.hidden_dim=64"]
@@ -526,6 +527,17 @@ def test_a_record_of_other_weights_is_refused(runs: Path, finished: Record, tmp_
     other = finished.model_copy(update={"networks": networks + finished.networks[1:]})
     with pytest.raises(DataError, match="of other weights than the run's"):
         release.release(runs / "clever-resnet18.fmnist", other, tmp_path)
+
+
+def test_weights_that_storage_changes_are_refused(
+    runs: Path, finished: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, _, facts = load_run(runs / "clever-resnet18.fmnist")
+    other = build_student(recipe.backbone, recipe.seed + 1)
+    monkeypatch.setattr(release, "load_run", lambda _: (recipe, other, facts))
+    with pytest.raises(DataError, match=r"the invariant half of .* cosine of .*; the equivariant"):
+        release.release(runs / "clever-resnet18.fmnist", finished, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_released_folder_is_complete_and_true(

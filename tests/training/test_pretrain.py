@@ -691,7 +691,7 @@ def test_finite_gradients_whose_squares_overflow_are_clipped() -> None:
 
 @pytest.mark.slow
 def test_compiling_changes_rounding_alone(tmp_path: Path, data: TrainImages) -> None:
-    """And compiles a ViT's blocks as one: with and without dropped paths, by size, and a teacher's."""
+    """A ViT's blocks are one: with and without dropped paths, of two sizes, and a teacher's."""
     torch._dynamo.utils.counters.clear()
     for name, compiled in (("eager", False), ("compiled", True)):
         r = recipe(**VIT, run={"compile": compiled})
