@@ -28,6 +28,21 @@ RELEASED: tuple[ModelSpec, ...] = (
         ),
     ),
     ModelSpec(
+        name="clever-resnet18.fmnist_plus",
+        backbone="resnet18",
+        invariant_dim=409,
+        preprocess=PreprocessSpec(input_size_px=32, crop_pct=1.0),
+        weights=WeightFile(
+            sha256="21b3dab1c7ce327f8fa49823dbb934df89eddfb4462c61f29cca452553156789",
+            size_bytes=22_421_088,
+        ),
+        provenance=Provenance(
+            recipe="clever-resnet18.fmnist_plus",
+            commit="e7901d53f95ff8b04284b490de16c844065d71c1",
+            dataset="fashion-mnist",
+        ),
+    ),
+    ModelSpec(
         name="clever-resnet50.fmnist",
         backbone="resnet50",
         invariant_dim=1638,
@@ -45,7 +60,10 @@ RELEASED: tuple[ModelSpec, ...] = (
 )
 
 # The released weights that a name without a tag stands for.
-DEFAULT_TAGS = {"clever-resnet18": "fmnist", "clever-resnet50": "fmnist"}
+DEFAULT_TAGS = {
+    "clever-resnet18": "fmnist",
+    "clever-resnet50": "fmnist",
+}
 
 DEFAULT_MODEL = "clever-resnet50"  # where a command is given no model
 

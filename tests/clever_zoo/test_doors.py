@@ -176,7 +176,7 @@ def test_timm_knows_our_preprocessing() -> None:
     for name, expected in (
         ("clever_resnet18", clever_zoo.model_info(NAME).preprocess),
         ("clever_resnet18.fmnist", clever_zoo.model_info(NAME).preprocess),
-        ("clever_vit_tiny", PreprocessSpec()),
+        (f"clever_{UNRELEASED[0]}", PreprocessSpec()),
     ):
         cfg = timm.get_pretrained_cfg(name)
         size = expected.input_size_px
@@ -188,8 +188,11 @@ def test_timm_knows_our_preprocessing() -> None:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_timm_builds_every_backbone_as_we_do(backbone: str) -> None:
+    """And where weights are released, the network that takes them."""
+    model = f"clever-{backbone.replace('_', '-')}"
+    arguments = clever_zoo.model_info(model).model_args if model in DEFAULT_TAGS else {}
     torch.manual_seed(0)
-    ours = clever_zoo.create_encoder(backbone).backbone.state_dict()
+    ours = clever_zoo.create_encoder(backbone, **arguments).backbone.state_dict()
     torch.manual_seed(0)
     theirs = timm.create_model(f"clever_{backbone}").state_dict()
     assert ours.keys() == theirs.keys()
@@ -231,7 +234,8 @@ def test_timm_returns_the_maps_of_each_stage(pixels) -> None:
         ours = clever_zoo.from_pretrained(NAME).features(pixels, last=5)
     assert model.feature_info.channels() == [64, 64, 128, 256, 512]
     assert all(torch.equal(a, b) for a, b in zip(ours, maps, strict=True))
-    tokens = timm.create_model("clever_vit_tiny", features_only=True, out_indices=(3, 11))
+    wide = {"img_size": 224, "patch_size": 16}  # over those of the released weights
+    tokens = timm.create_model("clever_vit_tiny", features_only=True, out_indices=(3, 11), **wide)
     assert [m.shape for m in tokens(torch.zeros(1, 3, 224, 224))] == [(1, 192, 14, 14)] * 2
 
 

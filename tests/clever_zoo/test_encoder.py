@@ -371,7 +371,7 @@ def test_revisions_that_make_no_sense(source: str, revision: str) -> None:
 
 
 def test_names_without_weights_name_their_recipe() -> None:
-    for name in ("dino-resnet50", "dino-vit-tiny.fmnist", "clever-resnet18.fmnist_plus"):
+    for name in ("dino-resnet50", "dino-vit-tiny.fmnist", "clever-vit-tiny.fmnist_plus"):
         with pytest.raises(errors.UnknownModelError) as caught:
             clever_zoo.from_pretrained(name)
         recipe = name if "." in name else f"{name}.fmnist"

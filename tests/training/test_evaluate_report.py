@@ -291,6 +291,8 @@ def test_what_is_written_is_not_stale_and_a_changed_number_is_found(
     expected = {folder / "figures" / "perturbed.svg", folder / "figures" / "drift.svg"}
     expected |= {folder / "README.md", checkout / "README.md", checkout / report.COMPARISON}
     assert expected <= set(written)
+    figures = re.findall(r"\]\((.*)/perturbed.svg\)", (checkout / "README.md").read_text())
+    assert figures == ["model_cards/clever-resnet50.fmnist/figures"]  # the default model's alone
     assert report.stale_files(checkout) == []
     repeated = {checkout / "training" / "README.md"}  # where this model stands beside its re-run
     cases = {
@@ -368,6 +370,9 @@ def test_comparison(record: Record, partial: Record) -> None:
     assert table["linear probe, CJ (%)", "full"] == ["64.0 ± 0.2", "62.0 ± 0.2", "+2.0"]
     assert table["jitter: hue R²", "equivariant"] == ["0.59", "0.57", "+0.02"]
     assert "vit_tiny" not in ours  # no baseline
+    paper = record.networks[0].model_copy(update={"name": "paper", "role": "paper"})
+    beyond = record.model_copy(update={"networks": (*record.networks, paper)})
+    assert "## resnet18" not in report.comparison([("resnet18", beyond)], published)
     assert theirs.strip().startswith("**These are the paper's own, on ImageNet-100; not ours")
     assert "not comparable" in theirs
     assert (

@@ -42,7 +42,7 @@ from clever_zoo.errors import CleverZooError, DataError
 from clever_zoo.figures import STYLE, figure_tag, html_page, html_table
 from clever_zoo.files import write_atomic
 from clever_zoo.records import PARTS, RESULTS_FILENAME, Network, Record
-from clever_zoo.registry import list_models, model_info
+from clever_zoo.registry import DEFAULT_MODEL, list_models, model_info
 from training.evaluate import plots
 
 CHECKOUT = Path(__file__).parents[2]
@@ -50,7 +50,11 @@ RECORDS = Path("training") / "records"
 CARDS = Path("model_cards")
 COMPARISON = Path("training") / "COMPARISON.md"
 REPORT = "report.html"
-REPEATED = "clever-resnet18.fmnist"  # trained twice, to see how far two runs differ
+# What the records of runs begin with -> the released model that stands before them.
+RELEASED_BESIDE = {
+    "again": "clever-resnet18.fmnist",
+    "plus": "clever-resnet18.fmnist_plus",
+}
 VANISHED = 0.1  # points; a published gain of no more is none
 
 # CLeVER against DINO: the rows of the comparison beyond those of the cards.
@@ -116,9 +120,11 @@ def rendered_files(root: Path = CHECKOUT) -> dict[Path, str]:
         training_readme,
         {
             "trials": runs_table("trial", root),
-            "plus": runs_table("plus", root),
             "short": runs_table("short", root),
-            "again": runs_table("again", root, [records[REPEATED]]),
+            **{
+                kind: runs_table(kind, root, [records[name]])
+                for kind, name in RELEASED_BESIDE.items()
+            },
             "bench": bench_tables(root),
             "finetune": finetune_lines(root),
             "reproduce": reproduce_table(records.values()),
@@ -164,13 +170,15 @@ def _text_of(path: Path) -> str:
 
 
 def _readme_section(name: str, record: Record) -> str:
+    """A model's table; the default one's figures, too, the others' are in their cards."""
     folder = CARDS / name
     figures = [
         f"![{caption}]({folder}/figures/{figure}.svg)"
         for figure, caption in card_figures(record).items()
     ]
     title = f"`{name}` on {record.dataset} (all numbers: [its card]({folder}/README.md)):"
-    return "\n\n".join([title, results_table(record), *figures])
+    shown = figures if name == model_info(DEFAULT_MODEL).name else []
+    return "\n\n".join([title, results_table(record), *shown])
 
 
 def runs_table(kind: str, root: Path = CHECKOUT, beside: Iterable[Record] = ()) -> str:
@@ -346,7 +354,8 @@ def comparison(records: Iterable[tuple[str, Record]], published: Mapping[str, An
     """The text of training/COMPARISON.md.
 
     Args:
-        records: Backbone and record of the released models; those without a baseline are left out.
+        records: Backbone and record of the released models; those without a baseline and those that
+            go beyond the paper are left out.
         published: The paper's own figures, as in training/records.
     """
     sections = [
@@ -361,7 +370,7 @@ def comparison(records: Iterable[tuple[str, Record]], published: Mapping[str, An
         *(
             _compared(backbone, record)
             for backbone, record in records
-            if record.network("baseline")
+            if record.network("baseline") and not record.network("paper")
         ),
         _published_section(published),
     ]
