@@ -5,9 +5,9 @@
 
 Names are those of `clever_zoo.list_models()` with underscores before the tag; a backbone without
 released weights has one too, for random weights. A name with released weights builds the network
-that takes them, with them or without: `clever_vit_tiny` is one for 32 pixels in patches of 4, unless
-`img_size` and `patch_size` say otherwise. The models are timm's own modules, or our VMamba, and
-return the full features, or logits of a fresh classifier with `num_classes=N`.
+that takes them, with them or without: `clever_vit_tiny` is one for 32 pixels in patches of 4,
+unless `img_size` and `patch_size` say otherwise. The models are timm's own modules, or our VMamba,
+and return the full features, or logits of a fresh classifier with `num_classes=N`.
 """
 
 import dataclasses
