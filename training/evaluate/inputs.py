@@ -65,10 +65,10 @@ class Subject:
         return next(self.encoder.parameters()).device
 
     @property
-    def blocks(self) -> tuple[int, ...]:
-        """Numbers of last blocks that can be evaluated: 1, and for a ViT 4."""
+    def blocks(self) -> int:
+        """How many last blocks probes read: 4 of a ViT, else 1."""
         is_vit = self.encoder is not None and self.encoder.spec.backbone.startswith("vit")
-        return (1, 4) if is_vit else (1,)
+        return 4 if is_vit else 1
 
 
 def as_released(spec: ModelSpec, weights: dict[str, Tensor]) -> Encoder:

@@ -133,12 +133,14 @@ class Rows:
 
 def feature_recipes(blocks: int) -> tuple[FeatureRecipe, ...]:
     """The ways in which features of so many blocks are cut into parts."""
-    return ("last1",) if blocks == 1 else ("last4_reference", "last4_per_block")
+    return ("last1",) if blocks == 1 else ("last1", "last4_reference", "last4_per_block")
 
 
 def _cut(
     features: Tensor, subject: Subject, blocks: int, recipe: FeatureRecipe
 ) -> dict[Part, Tensor]:
+    if recipe == "last1":
+        return parts_of(features[:, -(features.shape[1] // blocks) :], subject.cut)
     per_block = recipe == "last4_per_block"
     return parts_of(features, subject.cut, blocks=blocks, per_block=per_block)
 
@@ -172,20 +174,11 @@ def evaluate_subject(
     """
     rows = Rows(subject.network.name)
     if {"knn", "linear_cached"} & set(tasks):
-        for blocks in subject.blocks:
-            _classify(rows, subject, train, test, tasks, blocks=blocks, label=label)
+        _classify(rows, subject, train, test, tasks, label=label)
     if "linear_reference" in tasks and subject.encoder is not None:
-        for blocks in subject.blocks:
-            _reference_probe(
-                rows,
-                subject,
-                crops,
-                test,
-                blocks=blocks,
-                epochs=reference_epochs,
-                seed=seed,
-                label=label,
-            )
+        _reference_probe(
+            rows, subject, crops, test, epochs=reference_epochs, seed=seed, label=label
+        )
     if "finetune" in tasks and subject.network.role in ("model", "baseline"):
         for task in FINETUNES:
             _finetune(rows, subject, crops, test, task)
@@ -207,9 +200,9 @@ def evaluate_subject(
     return rows.results()
 
 
-def _conditions(tasks: Collection[Task], blocks: int) -> list[Condition]:
+def _conditions(tasks: Collection[Task]) -> list[Condition]:
     wanted: list[Condition] = []
-    if "knn" in tasks and blocks == 1:
+    if "knn" in tasks:
         wanted += [Condition(name, "bicubic") for name in KNN_PERTURBATIONS]
     if "linear_cached" in tasks:
         wanted += [Condition(name, "bicubic") for name in LINEAR_PERTURBATIONS]
@@ -247,12 +240,10 @@ def _classify(
     test: EvaluationImages,
     tasks: Collection[Task],
     *,
-    blocks: int,
     label: str,
 ) -> None:
-    conditions = _conditions(tasks, blocks)
-    if not conditions:
-        return
+    conditions = _conditions(tasks)
+    blocks = subject.blocks if "linear_cached" in tasks else 1  # k-NN reads the output alone
     ks = [k for k in NEIGHBORS if k <= len(train)]
     if "knn" in tasks and not ks:
         raise DataError(f"{len(train)} training images; k-NN needs at least {min(NEIGHBORS)}")
@@ -274,8 +265,8 @@ def _classify(
                 "minimum; look at the features, or leave linear_cached out of --tasks"
             )
     fit_s = (time.monotonic() - started) / max(len(probes), 1)
-    last = f"{label}: k-NN, linear" if blocks == 1 else f"{label}: linear, last {blocks} blocks"
-    for condition, raw, embed_s in _test_features(subject, test, conditions, blocks, last):
+    named = f"{label}: k-NN, linear"
+    for condition, raw, embed_s in _test_features(subject, test, conditions, blocks, named):
         for recipe in gallery:
             for part, x in _cut(raw, subject, blocks, recipe).items():
                 add = _adder(rows, recipe, condition, part, len(test))
@@ -323,12 +314,12 @@ def _reference_probe(
     crops: ImageSet,
     test: EvaluationImages,
     *,
-    blocks: int,
     epochs: int,
     seed: int,
     label: str,
 ) -> None:
     started = time.monotonic()
+    blocks = subject.blocks
     clean = embed_images(features_of(subject, blocks), test)
     keys = [
         (recipe, part)
