@@ -57,12 +57,29 @@ RELEASED: tuple[ModelSpec, ...] = (
             dataset="fashion-mnist",
         ),
     ),
+    ModelSpec(
+        name="clever-vit-tiny.fmnist",
+        backbone="vit_tiny",
+        invariant_dim=153,
+        preprocess=PreprocessSpec(input_size_px=32, crop_pct=1.0),
+        model_args={"img_size": 32, "patch_size": 4},
+        weights=WeightFile(
+            sha256="0bbdfd7f6e81a44777fa3341a5b9e924e45562325631e007993f438677441b18",
+            size_bytes=10_754_024,
+        ),
+        provenance=Provenance(
+            recipe="clever-vit-tiny.fmnist",
+            commit="afd9961ac7ab71b682c2d6909f7f844241fbcbed",
+            dataset="fashion-mnist",
+        ),
+    ),
 )
 
 # The released weights that a name without a tag stands for.
 DEFAULT_TAGS = {
     "clever-resnet18": "fmnist",
     "clever-resnet50": "fmnist",
+    "clever-vit-tiny": "fmnist",
 }
 
 DEFAULT_MODEL = "clever-resnet50"  # where a command is given no model
