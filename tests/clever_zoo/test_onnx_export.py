@@ -309,12 +309,12 @@ def test_distances_against_loops() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", clever_zoo.list_models("*.fmnist*"))
 def test_neighbours_are_the_same_within_a_point(tmp_path: Path, name: str) -> None:
-    """20,000 training pictures as the gallery, 5,000 test pictures as queries."""
+    """10,000 training pictures as the gallery, 5,000 test pictures as queries."""
     model = clever_zoo.from_pretrained(name)
     gallery, queries = (
         (data.images[:count, 0, ..., None].expand(-1, -1, -1, 3).numpy(), data.labels[:count])
         for data, count in (
-            (load_fashion_mnist(None, "train"), 20_000),
+            (load_fashion_mnist(None, "train"), 10_000),
             (load_fashion_mnist(None, "test"), 5_000),
         )
     )
