@@ -21,7 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from clever_zoo.backbones import list_backbones
@@ -116,7 +116,9 @@ def list_command(
         names = list_models(pattern, backbone=backbone)
     except CleverZooError as error:
         fail(error)
-    table = Table("model", "backbone", "invariant", "equivariant", "input px", "MB")
+    model = Column("model", overflow="fold")  # two names may differ in their last letters alone
+    headers = ("backbone", "invariant", "equivariant", "input px", "MB")
+    table = Table(model, *headers, box=None, padding=(0, 2, 0, 0))
     for spec in map(model_info, names):
         size_mb = f"{spec.weights.size_bytes / 1e6:.1f}" if spec.weights else ""
         halves = str(spec.invariant_dim), str(spec.equivariant_dim)

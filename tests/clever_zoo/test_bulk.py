@@ -198,6 +198,7 @@ def test_list_info_and_help() -> None:
     listed = runner.invoke(app, ["list"])
     assert listed.exit_code == 0
     assert "vit_small" in listed.output
+    assert set(clever_zoo.list_models()) <= set(listed.output.split())  # whole at 80 columns
     assert runner.invoke(app, ["list", "--backbone", "vgg"]).exit_code == 2
     assert runner.invoke(app, ["info", "clever-resnet99"]).exit_code == 2
     assert runner.invoke(app, ["verify", "clever-resnet99"]).exit_code == 2
