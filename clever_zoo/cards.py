@@ -27,8 +27,8 @@ DATASETS = {
         title="Fashion-MNIST",
         description="60,000 grey product photographs of 28x28 pixels in ten classes (MIT)",
         good_for="small grey pictures of single objects on black, like its training data: "
-        "retrieval and grouping that should survive rotation by up to 90° either way, tests, "
-        "teaching, and as a worked example",
+        "retrieval and grouping by the invariant half that should survive rotation by up to 90° "
+        "either way, tests, teaching, and as a worked example",
         not_for="natural photographs, colour, scenes, text, faces, or anything larger than a "
         "thumbnail: 28-pixel product photographs of ten classes are all it has ever seen",
     )
@@ -490,7 +490,7 @@ central {p.input_size_px}x{p.input_size_px} cut out; then (value / 255 - mean) /
 
 ## Limits
 - The halves are named for what they are meant for. Trust what they were measured to hold.
-- One training seed: differences of a point or two between networks may be chance.
+- One training seed: differences of up to three points between networks may be chance.
 - Nothing was measured on other data than {data.title}, on how errors spread over groups of people,
   or against adversaries.
 - Of a picture that is not square the ends of its long side are not seen.

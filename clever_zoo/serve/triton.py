@@ -91,12 +91,14 @@ Written by `clever-zoo export ... --format triton`. Three of Triton's models mak
   other image file. One that cannot be read fails its own request with 400, and no other.
 - `NAME-decode` is the first half of `NAME-jpeg`, run by the Python backend.
 
-`NAME-decode` needs clever-zoo in Triton's Python (3.11 or newer, so Triton 24.12 or newer). Until
-the package is on PyPI, COPY a wheel into the image and install that:
+`NAME-decode` needs clever-zoo in Triton's Python (3.11 or newer, so Triton 24.12 or newer). With
+CHECKOUT, the folder of its sources, until the package is on PyPI:
 
-    docker build -t triton-clever - <<END
+    pip wheel --no-deps -w wheel CHECKOUT
+    docker build -t triton-clever -f - wheel <<END
     FROM nvcr.io/nvidia/tritonserver:24.12-py3
-    RUN pip install --break-system-packages clever-zoo
+    COPY clever_zoo-*.whl /tmp/
+    RUN pip install --break-system-packages /tmp/clever_zoo-*.whl
     END
     docker run --rm --shm-size 1g -p 8000:8000 -v "$PWD:/models" triton-clever \\
         tritonserver --model-repository /models

@@ -127,3 +127,14 @@ def test_the_command_says_it_in_words_and_in_json() -> None:
 def test_the_name_is_public_and_needs_no_torch_to_import() -> None:
     code = "import clever_zoo, sys; clever_zoo.read_turn; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_readme_says_how_far_off_the_plus_model_is() -> None:
+    plus = clever_zoo.from_pretrained("clever-resnet18.fmnist_plus")
+    picture = Image.open(PICTURE).convert("RGB").resize((SIZE, SIZE))
+    turn = read_turn(plus, picture, picture.rotate(40))
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"it is {turn.error_deg:.0f}° off on average where a guess is {turn.guess_deg:.0f}°"
+        in " ".join(readme.split())
+    )
