@@ -364,9 +364,9 @@ def comparison(records: Iterable[tuple[str, Record]], published: Mapping[str, An
         "Both networks of a table had the same backbone, recipe, seed and epochs, and both are cut "
         "at the same index; how a training fell short stands under the title. The difference is "
         "CLeVER's value less DINO's, of unrounded means; in points where the row is in percent. "
-        "One training seed each, so up to three points may be chance: ± is the deviation over seeds of "
-        "the perturbation alone. 'Published probe' is the authors' protocol, run here on our data. "
-        "Protocols, hardware and commits stand in the cards.",
+        "One training seed each, so up to three points may be chance: ± is the deviation over "
+        "seeds of the perturbation alone. 'Published probe' is the authors' protocol, run here on "
+        "our data. Protocols, hardware and commits stand in the cards.",
         *(
             _compared(backbone, record)
             for backbone, record in records
