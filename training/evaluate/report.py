@@ -56,6 +56,10 @@ RELEASED_BESIDE = {
     "plus": "clever-resnet18.fmnist_plus",
     "short": "clever-vit-tiny.fmnist",
 }
+FINE_TUNED = (
+    Metric("fine-tuned, head alone (%)", "frozen_short", "top1_last"),
+    Metric("fine-tuned, head and encoder (%)", "finetune_short", "top1_last"),
+)
 VANISHED = 0.1  # points; a published gain of no more is none
 
 # CLeVER against DINO: the rows of the comparison beyond those of the cards.
@@ -193,7 +197,7 @@ def runs_table(kind: str, root: Path = CHECKOUT, beside: Iterable[Record] = ()) 
     records = [*beside, *(Record.read(path) for path in paths)]
     models = [c for record in records for c in columns_of(record) if c.role == "model"]
     controls = [c for c in columns_of(records[0]) if c.role != "model"]
-    rows = (*METRICS, *READINGS[1:3], *ERRORS)
+    rows = (*METRICS, *FINE_TUNED, *READINGS[1:3], *ERRORS)
     table = markdown_table(table_rows([*models, *controls], rows))
     trained = [network for record in records if (network := record.network("model"))]
     return "\n".join([table, "", *map(_run_line, trained)])
