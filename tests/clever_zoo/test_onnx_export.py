@@ -307,6 +307,7 @@ def test_distances_against_loops() -> None:
 
 @pytest.mark.data
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # a ViT in fp16 is slow on a CPU
 @pytest.mark.parametrize("name", clever_zoo.list_models("*.fmnist*"))
 def test_neighbours_are_the_same_within_a_point(tmp_path: Path, name: str) -> None:
     """10,000 training pictures as the gallery, 5,000 test pictures as queries."""
