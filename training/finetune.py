@@ -347,7 +347,7 @@ def result_record(
     result: FinetuneResult,
     config: FinetuneConfig,
     spec: ModelSpec,
-    device: str,
+    where: Environment,
     *,
     subset_seed: int | None = None,
 ) -> Record:
@@ -357,7 +357,7 @@ def result_record(
         result: What came out.
         config: What it was trained with.
         spec: Of the encoder that it started from.
-        device: Where it was trained.
+        where: Where it was trained.
         subset_seed: Seed of the images that were used, None for the config's.
     """
     task = "frozen" if config.freeze else "finetune"
@@ -385,7 +385,7 @@ def result_record(
         tasks={task: settings_text(config, subset_seed)},
         perturbations={"ori": PERTURBATIONS["ori"].text},
         networks=(network,),
-        environments=(Environment(**environment(device), versions=library_versions()),),
+        environments=(where,),
         results=rows,
     )
 
@@ -415,6 +415,8 @@ def run(
         CleverZooError: See `create_classifier`, `load_split` and `finetune`.
     """
     target = usable_device(device)
+    # Now: hours later the checkout may hold other code than the one that measures.
+    where = Environment(**environment(device), versions=library_versions())
     if (out / CONFIG_FILENAME).exists():
         raise DataError(f"{out} holds a model already; choose another --out")
     train, test = (list_images(config.data, data, s, cache_folder) for s in ("train", "test"))
@@ -448,7 +450,7 @@ def run(
         workers=workers,
     )
     classifier.save_pretrained(out)
-    record = result_record(result, config, encoder.spec, device, subset_seed=subset.seed)
+    record = result_record(result, config, encoder.spec, where, subset_seed=subset.seed)
     record.write(out / RESULTS_FILENAME)
     return result
 

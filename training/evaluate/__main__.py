@@ -81,6 +81,8 @@ def evaluate(
         DataError, RecipeError: If the data, their description or the baseline does not fit.
         NonFiniteError: If a feature is not finite.
     """
+    # Now: hours later the checkout may hold other code than the one that measures.
+    where = Environment(**environment(device), versions=library_versions())
     encoder, training = load_encoder(source, device)
     recipe = _recipe(source, encoder)
     config = _data_config(source, recipe, encoder.spec.preprocess, dataset, overrides)
@@ -133,7 +135,7 @@ def evaluate(
             tasks={p.task: texts[p.task] for p in used},
             perturbations={p.perturbation: PERTURBATIONS[p.perturbation].text for p in used},
             networks=(s.network,),
-            environments=(Environment(**environment(device), versions=library_versions()),),
+            environments=(where,),
             results=tuple(results),
         )
 
