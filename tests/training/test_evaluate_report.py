@@ -434,3 +434,16 @@ def test_command(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         result = CliRunner().invoke(app, ["--check"])
         assert result.exit_code == code
         assert ("stale README.md" in result.output) == bool(stale)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / report.RECORDS).glob("remeasured-*.json")), ids=lambda path: path.stem
+)
+def test_measured_again_the_released_weights_gave_the_released_figures(path: Path) -> None:
+    again = Record.read(path)
+    released = report.released_records()[again.model]
+    assert again.network("model").sha256 == released.network("model").sha256
+    figures = {row.key: row for row in released.results}
+    assert len(again.results) >= 72  # 3 parts, 4 k, 3 perturbations, top-1 and top-5
+    for row in again.results:
+        assert row.mean == pytest.approx(figures[row.key].mean, abs=0.05), row.key
