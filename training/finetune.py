@@ -51,7 +51,7 @@ from training.data import (
 from training.evaluate.inputs import EvaluationImages, forbid_tf32, load_encoder, normalized
 from training.evaluate.perturb import PERTURBATIONS
 from training.evaluate.scores import top_k
-from training.provenance import environment, library_versions
+from training.provenance import measuring_environment
 from training.schema import Section
 from training.subset import SUBSET, Subset, draw_subset, read_subset, write_subset
 from training.views import crop_and_flip
@@ -415,8 +415,7 @@ def run(
         CleverZooError: See `create_classifier`, `load_split` and `finetune`.
     """
     target = usable_device(device)
-    # Now: hours later the checkout may hold other code than the one that measures.
-    where = Environment(**environment(device), versions=library_versions())
+    where = measuring_environment(device)
     if (out / CONFIG_FILENAME).exists():
         raise DataError(f"{out} holds a model already; choose another --out")
     train, test = (list_images(config.data, data, s, cache_folder) for s in ("train", "test"))

@@ -11,6 +11,7 @@ import torch
 
 from clever_zoo.errors import CheckpointError
 from clever_zoo.files import write_atomic
+from clever_zoo.records import Environment
 
 ENVIRONMENT = "environment.json"
 _CHECKOUT = Path(__file__).parent.parent
@@ -56,9 +57,13 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries beside torch that evaluations compute with."""
-    return {name: version(name) for name in ("numpy", "pillow", "scikit-learn", "timm")}
+def measuring_environment(device: str) -> Environment:
+    """Where what begins now is measured; hours later the checkout may hold other code.
+
+    Beside torch, it has the versions of the libraries that evaluations compute with.
+    """
+    versions = {name: version(name) for name in ("numpy", "pillow", "scikit-learn", "timm")}
+    return Environment(**environment(device), versions=versions)
 
 
 def record_environment(path: Path, device: str) -> None:

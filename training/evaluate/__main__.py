@@ -14,7 +14,7 @@ import typer
 from clever_zoo.cli import fail
 from clever_zoo.encoder import Encoder, usable_device
 from clever_zoo.errors import CleverZooError, DataError
-from clever_zoo.records import RESULTS_FILENAME, ROLES, Environment, Record, Role
+from clever_zoo.records import RESULTS_FILENAME, ROLES, Record, Role
 from clever_zoo.spec import PreprocessSpec
 from training.checkpoint import CHECKPOINT, recorded_recipe
 from training.config import (
@@ -40,7 +40,7 @@ from training.evaluate.inputs import (
 from training.evaluate.perturb import PERTURBATIONS
 from training.evaluate.report import REPORT, write_page
 from training.evaluate.suite import Task, evaluate_subject, task_texts
-from training.provenance import environment, library_versions
+from training.provenance import measuring_environment
 
 TASK_GROUPS: tuple[Task, ...] = get_args(Task)
 CROPPING = {"linear_reference", "finetune"}  # tasks that make new crops of the training images
@@ -81,8 +81,7 @@ def evaluate(
         DataError, RecipeError: If the data, their description or the baseline does not fit.
         NonFiniteError: If a feature is not finite.
     """
-    # Now: hours later the checkout may hold other code than the one that measures.
-    where = Environment(**environment(device), versions=library_versions())
+    where = measuring_environment(device)
     encoder, training = load_encoder(source, device)
     recipe = _recipe(source, encoder)
     config = _data_config(source, recipe, encoder.spec.preprocess, dataset, overrides)
